@@ -1,0 +1,166 @@
+"""The embedded corpus: pages about a dial whose sentences state results and hide the reckoning.
+
+A dial has ten marks, 0 to 9, and goes round. A page follows one dial through a few rounds:
+
+    The dial stands at 8. Ann adds 3, Ben takes 2, Kim adds 1. Now it stands at 0.
+
+The derivation that a round's sentences rest on is never written on the page; the generator knows
+it and hands it out as each sentence's thought, the teacher's latent:
+
+    8: Ann adds 3 = 1, Ben takes 2 = 9, Kim adds 1 = 0.
+
+`primer` pages are what a base model has read before: rounds of one step, derivations by
+themselves, and, in a share of the passages, rounds together with their derivations.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from boltlm.errors import UserError
+from boltlm.records import Document, Question
+from boltlm.seeds import generator, uniform
+
+MARKS = 10
+NAMES = (
+    "Ann Ben Cara Dan Eva Finn Gina Hugo Ida Jack Kim Leo Mia Ned Olga Paul Rosa Sam Tina Will"
+).split()
+KEYS = ("first", "then", "next", "finally")
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """Params of `kind: generated`. `problems: held_out` tells only of rounds (start and steps)
+    that no `train` page tells of; every tenth is held out."""
+
+    kind: Literal["generated"]
+    pages: Literal["reckoning", "primer"]
+    problems: Literal["train", "held_out"]
+    least_rounds: int
+    most_rounds: int
+    least_steps: int
+    most_steps: int
+    largest_step: int
+    worked_share: float
+    shuffle_buffer: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least_rounds <= self.most_rounds <= MARKS:
+            raise UserError(f"least_rounds ≤ most_rounds must lie within 1 and {MARKS}")
+        if not 1 <= self.least_steps <= self.most_steps:
+            raise UserError("least_steps ≤ most_steps must be 1 or more")
+        if not 1 <= self.largest_step < MARKS:
+            raise UserError(f"largest_step must lie within 1 and {MARKS - 1}")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A start mark and signed steps, the content of one problem, and who makes each step."""
+
+    start: int
+    steps: tuple[int, ...]
+    name: str
+
+    @property
+    def marks(self) -> list[int]:
+        """The mark after each step."""
+        return [mark % MARKS for mark in itertools.accumulate(self.steps, initial=self.start)][1:]
+
+    def told(self) -> str:
+        turns = (
+            f"{key} goes {'up' if step > 0 else 'down'} by {abs(step)}"
+            for key, step in zip(self._keys(), self.steps, strict=True)
+        )
+        return f"{self.name} turns a dial from {self.start}: it " + ", ".join(turns) + "."
+
+    def result(self) -> str:
+        return f"It stops at {self.marks[-1]}."
+
+    def derivation(self) -> str:
+        turns = (
+            f"{key} {'+' if step > 0 else '-'} {abs(step)} = {mark}"
+            for key, step, mark in zip(self._keys(), self.steps, self.marks, strict=True)
+        )
+        return f"Dial from {self.start}, " + ", ".join(turns) + "."
+
+    def _keys(self) -> tuple[str, ...]:
+        return KEYS[: len(self.steps) - 1] + KEYS[-1:]
+
+
+def documents(config: Generated, seed: int) -> Iterator[Document]:
+    """An endless stream of pages; page i depends on (seed, kind of page, i) alone."""
+    index = 0
+    while True:
+        doc_id = f"{config.pages}-{config.problems}-{index:08d}"
+        draw = generator(seed, "page", doc_id)
+        page = _reckoning if config.pages == "reckoning" else _primer
+        pieces = page(config, seed, draw)
+        yield Document(
+            doc_id=doc_id,
+            text=" ".join(sentence for sentence, _ in pieces),
+            source="generated",
+            thoughts=tuple(thought for _, thought in pieces),
+        )
+        index += 1
+
+
+def questions(config: Generated, seed: int) -> Iterator[Question]:
+    """An endless stream of rounds told up to, and without, their result."""
+    index = 0
+    while True:
+        question_id = f"question-{config.problems}-{index:08d}"
+        draw = generator(seed, "question", question_id)
+        asked = _round(config, seed, draw, int(draw.integers(MARKS)))
+        yield Question(
+            question_id=question_id,
+            prompt=asked.told(),
+            answer=str(asked.marks[-1]),
+            latent=asked.derivation(),
+        )
+        index += 1
+
+
+def _round(config: Generated, seed: int, draw: np.random.Generator, start: int) -> Round:
+    """A round from `start` that this side of the hold-out may tell of."""
+    while True:
+        count = int(draw.integers(config.least_steps, config.most_steps + 1))
+        sizes = draw.integers(1, config.largest_step + 1, size=count)
+        steps = tuple((sizes * draw.choice((-1, 1), size=count)).tolist())
+        held_out = uniform(seed, "held out", start, repr(steps)) < HELD_OUT_SHARE
+        if held_out == (config.problems == "held_out"):
+            return Round(start, steps, str(draw.choice(NAMES)))
+
+
+def _rounds(config: Generated, seed: int, draw: np.random.Generator) -> list[Round]:
+    count = int(draw.integers(config.least_rounds, config.most_rounds + 1))
+    return [_round(config, seed, draw, int(draw.integers(MARKS))) for _ in range(count)]
+
+
+def _reckoning(config: Generated, seed: int, draw: np.random.Generator) -> list[tuple[str, str]]:
+    pieces: list[tuple[str, str]] = []
+    for one in _rounds(config, seed, draw):
+        pieces += [(one.told(), one.derivation()), (one.result(), one.derivation())]
+    return pieces
+
+
+def _primer(config: Generated, seed: int, draw: np.random.Generator) -> list[tuple[str, str]]:
+    """Rounds with their derivation before, amid or behind; or, outside the share of worked
+    passages, a derivation by itself or a round of one step."""
+    written: list[str] = []
+    for one in _rounds(config, seed, draw):
+        told, result, derivation = one.told(), one.result(), one.derivation()
+        orders = (
+            [derivation, told, result],
+            [told, derivation, result],
+            [told, result, derivation],
+        )
+        single = Round(one.start, one.steps[:1], one.name)
+        if draw.random() < config.worked_share:
+            written += orders[int(draw.integers(3))]
+        else:
+            written += [single.told(), single.result()] if draw.random() < 0.5 else [derivation]
+    return [(sentence, "") for sentence in written]

@@ -1,0 +1,150 @@
+"""Sources become named corpora: documents and their chunks in shards, and held-out questions."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boltlm.corpus import sources
+from boltlm.corpus.chunks import Chunker, LossyText
+from boltlm.errors import UserError
+from boltlm.params import build, section
+from boltlm.progress import Progress
+from boltlm.records import Chunk, Document, Question, shard_name, write_shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Params entry `corpora.<name>`: how many documents it takes, and what its source changes.
+
+    Corpora of one and the same source take consecutive runs of it, in the order of the file.
+    """
+
+    documents: int
+    source: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.documents < 1:
+            raise UserError(f"documents must be 1 or more, found {self.documents}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Params section `split`."""
+
+    shard_documents: int
+
+    def __post_init__(self) -> None:
+        if self.shard_documents < 1:
+            raise UserError(f"shard_documents must be 1 or more, found {self.shard_documents}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Params section `questions`: how many, and what their source changes in `corpus`."""
+
+    count: int
+    source: dict[str, Any]
+
+
+def documents(params: Mapping[str, Any], name: str) -> Iterator[Document]:
+    """The documents of one corpus, streamed from its source.
+
+    Raises UserError when the source is spent before the corpus is full.
+    """
+    seed = section(params, "seed")
+    wanted = sources.source(params, name)
+    skip = 0
+    for other in section(params, "corpora"):
+        size = build(Corpus, section(params, f"corpora.{other}"), f"corpora.{other}").documents
+        if other == name:
+            stream = itertools.islice(_told(wanted, seed), skip, skip + size)
+            count = 0
+            for document in stream:
+                count += 1
+                yield document
+            if count < size:
+                raise UserError(
+                    f"corpora.{name}: its source holds {skip + count} documents, too few for"
+                    f" {size} after the {skip} that earlier corpora take; lower"
+                    f" corpora.{name}.documents"
+                )
+            return
+        if sources.source(params, other) == wanted:
+            skip += size
+
+
+def _told(source: sources.Source, seed: int) -> Iterator[Document]:
+    """Documents with something in them; a source of nothing but blanks is an error."""
+    found = False
+    for document in sources.documents(source, seed):
+        found = True
+        yield document
+    if not found:
+        raise UserError(f"corpus kind '{source.kind}': the source holds no document")
+
+
+def questions(params: Mapping[str, Any]) -> list[Question]:
+    """The held-out questions, none where `questions.count` is 0."""
+    config = build(Questions, section(params, "questions"), "questions")
+    if config.count == 0:
+        return []
+    source = sources.resolve(params, config.source, "questions.source")
+    found = sources.questions(source, section(params, "seed"))
+    return list(itertools.islice(found, config.count))
+
+
+def split(
+    params: Mapping[str, Any], chunker: Chunker, split_to: Path, chunks_to: Path
+) -> dict[str, int | float]:
+    """Write every corpus's documents and chunks, and the questions; return the counts.
+
+    A document that is empty, or that the tokenizer cannot give back, is left out and counted.
+    """
+    config = build(Split, section(params, "split"), "split")
+    counts: Counter[str] = Counter()
+    for name in section(params, "corpora"):
+        total = section(params, f"corpora.{name}.documents")
+        with Progress(what=f"split {name}", total=total, unit="documents") as progress:
+            batches = _batches(documents(params, name), config.shard_documents)
+            for index, batch in enumerate(batches):
+                kept, chunks = _shard(batch, chunker, counts, name)
+                write_shard(split_to / name / shard_name(index), Document, kept)
+                write_shard(chunks_to / name / shard_name(index), Chunk, chunks)
+                progress.advance(len(batch))
+        if counts[f"{name}/documents"] == 0:
+            raise UserError(f"corpora.{name}: every document was left out; see its texts")
+    asked = questions(params)
+    write_shard(split_to / "questions" / shard_name(0), Question, asked)
+    counts["questions"] = len(asked)
+    counts["cut_chunks"] = chunker.cut_chunks
+    return dict(counts)
+
+
+def _batches(found: Iterator[Document], size: int) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(found, size)):
+        yield batch
+
+
+def _shard(
+    batch: list[Document], chunker: Chunker, counts: Counter[str], name: str
+) -> tuple[list[Document], list[Chunk]]:
+    kept: list[Document] = []
+    made: list[Chunk] = []
+    for document in batch:
+        if not document.text:
+            counts[f"{name}/left_out_empty"] += 1
+            continue
+        try:
+            chunks = chunker.chunks(document)
+        except LossyText:
+            counts[f"{name}/left_out_not_reversible"] += 1
+            continue
+        kept.append(document)
+        made += chunks
+        counts[f"{name}/documents"] += 1
+        counts[f"{name}/chunks"] += len(chunks)
+        counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
+    return kept, made

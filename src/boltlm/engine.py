@@ -1,0 +1,78 @@
+"""Shards of work that outlive the process that did them.
+
+A finished shard lies in the work folder under a key made of everything that it depends on. It is
+written whole or not at all, its checksum beside it, and found again by any later run with the
+same key: after a crash, in a queued experiment, under another preset. When all are there they
+are published into the stage's output.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from boltlm.progress import track
+
+FORMAT = 1  # of the shards; a change makes older work unknown
+
+
+def work_root(work: Path) -> Path:
+    """The work folder, shared by queued experiments: DVC runs them in a copy of the repository
+    and tells them in DVC_ROOT where the real one is."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / work
+
+
+def key(facts: dict[str, Any]) -> str:
+    """A name for work by what it depends on (JSON-ready facts)."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def run_shards(
+    names: Sequence[str],
+    compute: Callable[[str, Path], None],
+    *,
+    work: Path,
+    out: Path,
+    what: str,
+) -> list[str]:
+    """Make every shard that is not already there, publish all into `out`, and return the names
+    of those made now. `compute(name, path)` writes one shard to `path`; a shard whose checksum
+    no longer fits is made again."""
+    left = [name for name in names if not is_whole(work / name)]
+    if len(left) < len(names):
+        print(f"{what}: {len(names) - len(left)} of {len(names)} shards found in {work}")
+    for name in track(left, what=what, total=len(left), unit="shards"):
+        compute(name, work / name)
+        _seal(work / name)
+    publish([work / name for name in names], out)
+    return left
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(path: Path) -> None:
+    part = path.with_name(path.name + ".sha256.part")
+    part.write_text(_checksum(path), encoding="utf-8")
+    part.replace(path.with_name(path.name + ".sha256"))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there, finished, and what it was when it was finished."""
+    seal = path.with_name(path.name + ".sha256")
+    return path.is_file() and seal.is_file() and seal.read_text("utf-8") == _checksum(path)
+
+
+def publish(paths: Sequence[Path], out: Path) -> None:
+    """Copy finished shards into an output that then holds nothing else."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    for path in paths:
+        shutil.copyfile(path, out / path.name)

@@ -1,0 +1,25 @@
+"""What a user can cause, told in one line; `stage` turns it into an exit code without a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input, parameters or the machine are not as they must be; the message says what to do."""
+
+
+def stage(main: Callable[[], None]) -> None:
+    """Run a stage script's `main`.
+
+    A `UserError` or an operating-system error (no file, full disk) ends it with one line on
+    standard error and exit code 1; Ctrl-C with 130. Anything else is a defect and keeps its
+    traceback.
+    """
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None

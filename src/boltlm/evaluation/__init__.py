@@ -1,0 +1,1 @@
+"""A checkpoint becomes measures with standard errors."""

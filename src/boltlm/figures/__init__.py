@@ -1,0 +1,1 @@
+"""Measures become pictures and a report."""

@@ -1,0 +1,1 @@
+"""Chunks get the thoughts that a teacher has about them."""

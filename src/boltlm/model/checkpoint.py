@@ -1,0 +1,59 @@
+"""Checkpoints in Hugging Face format: load, save, and what identifies one."""
+
+import ctypes
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from boltlm.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+Precision = Literal["float32", "bfloat16"]
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare_cpu() -> None:
+    """Keep freed memory: fresh pages for every activation cost more than the arithmetic here."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def load(folder: Path, precision: Precision = "float32") -> PreTrainedModel:
+    """The causal LM in `folder`, in evaluation mode, on the GPU where there is one."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model in it (config.json); run the stage that trains it")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision))
+    return model.to(device()).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, tokenizer_from: Path, facts: dict[str, Any]) -> None:
+    """Write weights (safetensors), config, the tokenizer's files, and `training.json`."""
+    model.save_pretrained(folder)
+    if tokenizer_from != folder:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, folder / name)
+    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    (folder / "training.json").write_text(text, encoding="utf-8")
+
+
+def content(folder: Path) -> str:
+    """A digest of a folder's files: the name under which work done with them is remembered."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

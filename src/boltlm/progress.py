@@ -1,0 +1,66 @@
+"""How far a long step is: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def track(items: Iterable[T], *, what: str, total: int | None, unit: str) -> Iterator[T]:
+    """Yield `items`, showing count, rate and time left on standard error."""
+    with Progress(what=what, total=total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)
+
+
+class Progress:
+    """A bar that is advanced by hand; `note` shows a short text (a loss, a cost) beside it."""
+
+    def __init__(self, *, what: str, total: int | None, unit: str) -> None:
+        self.what, self.total, self.unit, self.done, self.text = what, total, unit, 0, ""
+        self.started = self.told = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True) if terminal else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line()
+
+    def note(self, text: str) -> None:
+        self.text = text
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        self.told = time.monotonic()
+        seconds = max(self.told - self.started, 1e-9)
+        rate = self.done / seconds
+        of = f"/{self.total:,}" if self.total is not None else ""
+        left = ""
+        if self.total is not None and 0 < self.done < self.total:
+            left = f", {(self.total - self.done) / rate:.0f} s left"
+        text = f", {self.text}" if self.text else ""
+        print(
+            f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f} {self.unit}/s,"
+            f" {seconds:.0f} s{left}{text}",
+            file=sys.stderr,
+            flush=True,
+        )

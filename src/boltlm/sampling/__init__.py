@@ -1,0 +1,1 @@
+"""A checkpoint and chunks become weighed latents: the E-step."""

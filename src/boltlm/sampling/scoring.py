@@ -1,0 +1,87 @@
+"""Exact log-probabilities of given token ids, from float32 logits.
+
+Shapes: B rows, L positions, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from boltlm.sampling.samplers import length_batches, prefill
+from boltlm.sequences.layouts import Ids
+
+LOGIT_POSITIONS = 8192  # logits exist for no more positions than these at once
+
+
+@torch.inference_mode()
+def token_log_probs(
+    model: PreTrainedModel,
+    prefixes: Sequence[Ids],
+    branches: Sequence[Sequence[Ids]],
+    batch_tokens: int,
+) -> list[list[np.ndarray]]:
+    """log p(token | prefix, tokens before it) for every token of every branch, float64, nats.
+
+    All prefixes have the same number K of branches, which share their prefix's key–value cache.
+    A prefix has at least one token, a branch may be empty.
+    """
+    copies = len(branches[0]) if branches else 0
+    longest = [max(map(len, group)) for group in branches]
+    lengths = [len(p) + more for p, more in zip(prefixes, longest, strict=True)]
+    found: list[list[np.ndarray]] = [[] for _ in prefixes]
+    for batch in length_batches(lengths, copies, 0, batch_tokens):
+        flat = [branch for i in batch for branch in branches[i]]
+        scored = _batch(model, [prefixes[i] for i in batch], flat, copies)
+        for place, index in enumerate(batch):
+            found[index] = scored[place * copies : (place + 1) * copies]
+    return found
+
+
+def _batch(
+    model: PreTrainedModel, prefixes: list[Ids], branches: list[Ids], copies: int
+) -> list[np.ndarray]:
+    """The prefix but its last token is cached; that token and the branch run behind it."""
+    device = model.device
+    starts = [prefix[-1] for prefix in prefixes for _ in range(copies)]
+    most = max(map(len, branches), default=0)
+    inputs_BL = torch.zeros(len(branches), most, dtype=torch.long)
+    targets_BL = torch.zeros_like(inputs_BL)
+    for row, (start, branch) in enumerate(zip(starts, branches, strict=True)):
+        if branch:
+            inputs_BL[row, : len(branch)] = torch.as_tensor([start, *branch[:-1]])
+            targets_BL[row, : len(branch)] = torch.as_tensor(branch)
+    inputs_BL, targets_BL = inputs_BL.to(device), targets_BL.to(device)
+    heads = [list(prefix[:-1]) for prefix in prefixes]
+    arguments: dict[str, Any] = {}
+    before_B1 = torch.tensor([[len(head)] for head in heads for _ in range(copies)], device=device)
+    if any(heads):
+        _, cache, mask_BL = prefill(model, heads, copies)
+        arguments["past_key_values"] = cache
+        arguments["attention_mask"] = torch.cat([mask_BL, torch.ones_like(inputs_BL)], 1)
+    hidden_BLD = model.base_model(
+        input_ids=inputs_BL,
+        position_ids=before_B1 + torch.arange(most, device=device),
+        use_cache=bool(arguments),
+        **arguments,
+    ).last_hidden_state
+    logs_BL = target_log_probs(model, hidden_BLD, targets_BL).double().cpu().numpy()
+    return [logs_BL[row, : len(branch)] for row, branch in enumerate(branches)]
+
+
+def target_log_probs(
+    model: PreTrainedModel, hidden_BLD: torch.Tensor, targets_BL: torch.Tensor
+) -> torch.Tensor:
+    """log-softmax of the output layer at the targets, a fixed number of positions at a time."""
+    head = model.get_output_embeddings()
+    flat_hidden, flat_targets = hidden_BLD.flatten(0, 1), targets_BL.flatten()
+    pieces = [
+        head(flat_hidden[i : i + LOGIT_POSITIONS])
+        .float()
+        .log_softmax(-1)
+        .gather(1, flat_targets[i : i + LOGIT_POSITIONS, None])[:, 0]
+        for i in range(0, len(flat_targets), LOGIT_POSITIONS)
+    ]
+    return torch.cat(pieces).view(targets_BL.shape)

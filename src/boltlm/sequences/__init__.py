@@ -1,0 +1,1 @@
+"""Chunks and latents become training sequences and prompts."""
