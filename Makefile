@@ -1,0 +1,29 @@
+# `make repro` runs the experiment, `make test` the tests, `make ui` opens MLflow.
+PYTHON ?= python3
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+LOCK := $(if $(GPU),requirements-cuda.lock,requirements-cpu.lock)
+# uv reads its own names for where wheels are; without any, a CPU machine takes CPU builds.
+LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+TORCH := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(GPU),,UV_TORCH_BACKEND=cpu))
+BIN := $(CURDIR)/.venv/bin
+RUN := PATH="$(BIN):$$PATH"
+
+.PHONY: repro test check ui
+repro: .venv/ready
+	$(RUN) dvc repro
+
+test: .venv/ready
+	$(RUN) python -m pytest
+
+check: .venv/ready
+	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright
+
+ui: .venv/ready
+	$(RUN) mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+.venv/ready: $(LOCK) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11 …" * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet uv==0.13.8
+	$(TORCH) $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK) -e .
+	touch $@

@@ -1,0 +1,83 @@
+"""The numbers of the whole experiment, read from the metrics folder; what is not there is absent.
+
+    <metrics>/eval/<model>.json   <metrics>/latents/<entry>.json   <metrics>/train/<model>.csv
+
+Only what params.yaml names is read: files that another preset left are not part of the experiment.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boltlm.figures.arms import Arm, arms
+from boltlm.params import section
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """A measure and its standard error, None where the measure has none."""
+
+    value: float
+    se: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """`measures` by model, `diagnostics` by entry of `latents`, `curves` by model and by what
+    models start from: the lines of a training curve. Nulls and texts are not in them."""
+
+    arms: tuple[Arm, ...]
+    measures: Mapping[str, Numbers]
+    diagnostics: Mapping[str, Numbers]
+    curves: Mapping[str, list[dict[str, float]]]
+
+    def number(self, model: str, metric: str) -> Number | None:
+        """A model's measure, or None where it has none."""
+        found = self.measures[model]
+        if metric not in found:
+            return None
+        return Number(value=found[metric], se=found.get(f"{metric}_se"))
+
+    def bound_sizes(self) -> list[int]:
+        """Every K for which some model has a bound, rising."""
+        found = (re.fullmatch(r"elbo_per_token_k(\d+)", key) for m in self.measures.values() for key in m)
+        return sorted({int(match[1]) for match in found if match})
+
+
+def read(params: Mapping[str, Any], metrics: Path) -> Results:
+    """What is there of the experiment's numbers."""
+    found = arms(params)
+    names = [arm.name for arm in found]
+    parents = [section(params, f"models.{name}.parent") for name in names]
+    curved = dict.fromkeys([parent for parent in parents if parent not in names] + names)
+    entries = list(section(params, "latents"))
+    return Results(
+        arms=found,
+        measures={name: _numbers(metrics / "eval" / f"{name}.json") for name in names},
+        diagnostics={name: _numbers(metrics / "latents" / f"{name}.json") for name in entries},
+        curves={name: _curve(metrics / "train" / f"{name}.csv") for name in curved},
+    )
+
+
+def _numbers(path: Path) -> Numbers:
+    if not path.exists():
+        return {}
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: value
+        for key, value in facts.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _curve(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
