@@ -1,6 +1,6 @@
 """Makes the base model and adds the four special tokens.
 
-    python stages/base.py --params params.yaml --out models/base --csv metrics/train/base.csv
+python stages/base.py --params params.yaml --out models/base --csv metrics/train/base.csv
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python stages/latents.py --params params.yaml --name em1 --model models/warmstart \
         --split data/split/em --chunks data/chunks/em --work .work --out data/latents/em1 \
-        --metrics metrics/latents/em1.json
+        --metrics metrics/latents/em1.json --histogram metrics/latents/em1.csv
 """
 
 import argparse
@@ -18,7 +18,9 @@ from boltlm.sampling.shards import run
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--model", "--split", "--chunks", "--work", "--out", "--metrics"):
+    for flag in ("--params", "--model", "--split", "--chunks", "--work", "--out"):
+        parser.add_argument(flag, type=Path, required=True)
+    for flag in ("--metrics", "--histogram"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
@@ -33,6 +35,7 @@ def main() -> None:
         chunks=args.chunks,
         work=work_root(args.work),
         out=args.out,
+        histogram_path=args.histogram,
     )
     write_json(args.metrics, measured)
 

@@ -18,7 +18,7 @@ def pytest_configure() -> None:
     """One thread, no GPU, and the same hypothesis examples in every run."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    settings.register_profile("house", deadline=None, derandomize=True, max_examples=60)
+    settings.register_profile("house", deadline=None, derandomize=True, max_examples=120)
     settings.load_profile("house")
 
 

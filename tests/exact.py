@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from transformers import PreTrainedModel
 
 from boltlm.tokens import Markers
@@ -69,7 +70,39 @@ def parts(model64: PreTrainedModel, m: Markers, context: Ids, text: Ids, latent:
     )
 
 
+@dataclass(frozen=True)
+class Table:
+    """Latents and their parts; where these are all that may end with EoL, the sums are exact."""
+
+    latents: list[tuple[int, ...]]
+    parts: list[Parts]
+
+    @property
+    def q(self) -> np.ndarray:
+        """q(Z, EoL); what it leaves of 1 is draws that are no latent."""
+        return np.exp([part.log_q for part in self.parts])
+
+    @property
+    def log_w(self) -> np.ndarray:
+        return np.array([part.log_w for part in self.parts])
+
+    @property
+    def joint(self) -> float:
+        """Σ_Z p(Z, EoL | C) p(X | C, Z): p(X | C), but for latents that are not in the table."""
+        return float(np.exp([part.log_p_latent + part.log_p_text for part in self.parts]).sum())
+
+
 def latents(ordinary: Ids, most: int) -> list[tuple[int, ...]]:
     """Every latent of up to `most` tokens."""
     lengths = range(most + 1)
     return [z for length in lengths for z in itertools.product(ordinary, repeat=length)]
+
+
+def chi2(observed: Sequence[float] | np.ndarray, expected: Sequence[float] | np.ndarray) -> float:
+    """The p-value of counts; what is expected fewer than five times is taken together."""
+    seen, wanted = np.asarray(observed, dtype=float), np.asarray(expected, dtype=float)
+    rare = wanted < 5
+    if rare.any():
+        seen = np.append(seen[~rare], seen[rare].sum())
+        wanted = np.append(wanted[~rare], wanted[rare].sum())
+    return float(stats.chisquare(seen, wanted).pvalue)

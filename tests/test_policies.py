@@ -88,8 +88,15 @@ def keys(value: Any, prefix: str = "") -> set[str]:
     return {key for name, inner in value.items() for key in keys(inner, f"{prefix}.{name}")}
 
 
-FREE = (".corpus.", ".corpora.", ".questions.source", ".base.", ".teachers.", ".latents.",
-        ".models.")  # sections whose keys depend on a kind or are names
+FREE = (
+    ".corpus.",
+    ".corpora.",
+    ".questions.source",
+    ".base.",
+    ".teachers.",
+    ".latents.",
+    ".models.",
+)  # sections whose keys depend on a kind or are names
 
 
 def fixed_keys(params: dict[str, Any]) -> set[str]:
@@ -107,8 +114,8 @@ def test_presets_have_the_keys_of_params(preset: Path) -> None:
 @pytest.mark.parametrize("path", [ROOT / "params.yaml", *PRESETS], ids=lambda path: path.stem)
 def test_params_resolve(path: Path) -> None:
     """Every entry is built by the dataclass that reads it and points at entries that exist."""
-    from boltlm.corpus.split import Corpus
     from boltlm.corpus.sources import source
+    from boltlm.corpus.split import Corpus
     from boltlm.latents.teachers import DatasetTeacher
     from boltlm.model.runs import ModelEntry
     from boltlm.model.training import TrainConfig

@@ -1,4 +1,4 @@
-"""What a user can cause, told in one line; `stage` turns it into an exit code without a traceback."""
+"""What a user can cause, told in one line; `stage` makes it an exit code without a traceback."""
 
 import sys
 from collections.abc import Callable

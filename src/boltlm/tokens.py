@@ -46,21 +46,23 @@ class TextCoder:
         self.tokenizer.encode_special_tokens = True
         config = json.loads(config_file.read_text(encoding="utf-8"))
         self.window: int = config["max_position_embeddings"]
-        ids = {text: self.tokenizer.token_to_id(text) for text in MARKERS}
-        for text, found in ids.items():
-            if found is None:
-                raise UserError(
-                    f"{model}: its tokenizer lacks the special token {text}; only models that"
-                    " descend from the stage 'base' have it"
-                )
         self.markers = Markers(
             bos=config["bos_token_id"],
             eos=_first(config["eos_token_id"]),
-            sol=ids[SOL],
-            eol=ids[EOL],
-            prior=ids[PRIOR],
-            post=ids[POST],
+            sol=self._marker(model, SOL),
+            eol=self._marker(model, EOL),
+            prior=self._marker(model, PRIOR),
+            post=self._marker(model, POST),
         )
+
+    def _marker(self, model: Path, text: str) -> int:
+        found = self.tokenizer.token_to_id(text)
+        if found is None:
+            raise UserError(
+                f"{model}: its tokenizer lacks the special token {text}; only models that descend"
+                " from the stage 'base' have it"
+            )
+        return found
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -26,7 +26,7 @@ _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
 
 
-class LossyText(UserError):
+class LossyTextError(UserError):
     """The tokenizer cannot give this document's text back."""
 
 
@@ -108,7 +108,7 @@ class Chunker:
         self.cut_chunks = 0
 
     def chunks(self, document: Document) -> list[Chunk]:
-        """The document's chunks. Raises LossyText where the tokenizer loses some of it."""
+        """The document's chunks. Raises LossyTextError where the tokenizer loses some of it."""
         draw = generator(self.seed, "chunks", document.doc_id)
         pieces = sentences(document.text)
         made: list[Chunk] = []
@@ -117,7 +117,7 @@ class Chunker:
             for text in self._fitting(pieces[start : start + length]):
                 tokens = tuple(self.encoder.encode(text))
                 if self.encoder.decode(list(tokens)) != text:
-                    raise LossyText(f"document '{document.doc_id}': the tokenizer loses text")
+                    raise LossyTextError(f"document '{document.doc_id}': the tokenizer loses text")
                 made.append(
                     Chunk(doc_id=document.doc_id, chunk=len(made), text=text, tokens=tokens)
                 )

@@ -25,9 +25,28 @@ from boltlm.records import Document, Question
 from boltlm.seeds import generator, uniform
 
 MARKS = 10
-NAMES = (
-    "Ann Ben Cara Dan Eva Finn Gina Hugo Ida Jack Kim Leo Mia Ned Olga Paul Rosa Sam Tina Will"
-).split()
+NAMES = [
+    "Ann",
+    "Ben",
+    "Cara",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gina",
+    "Hugo",
+    "Ida",
+    "Jack",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Will",
+]
 KEYS = ("first", "then", "next", "finally")
 HELD_OUT_SHARE = 0.1
 

@@ -105,8 +105,9 @@ def documents(config: Source, seed: int) -> Iterator[Document]:
     elif isinstance(config, Files):
         found = _files(config)
     else:
-        found = _mapped(_hub_rows(config.name, config.config, config.split), config.columns,
-                        config.name)
+        found = _mapped(
+            _hub_rows(config.name, config.config, config.split), config.columns, config.name
+        )
     return _shuffled(found, config.shuffle_buffer, seed)
 
 
@@ -181,9 +182,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, A
         raise UserError(f"Hugging Face data set '{name}' ({split}): {reason}") from error
 
 
-def _mapped(
-    rows: Iterable[Mapping[str, Any]], columns: Columns, origin: str
-) -> Iterator[Document]:
+def _mapped(rows: Iterable[Mapping[str, Any]], columns: Columns, origin: str) -> Iterator[Document]:
     for index, row in enumerate(rows):
         for column in (columns.text, columns.doc_id, columns.latent):
             if column is not None and column not in row:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from boltlm.corpus import sources
-from boltlm.corpus.chunks import Chunker, LossyText
+from boltlm.corpus.chunks import Chunker, LossyTextError
 from boltlm.errors import UserError
 from boltlm.params import build, section
 from boltlm.progress import Progress
@@ -139,7 +139,7 @@ def _shard(
             continue
         try:
             chunks = chunker.chunks(document)
-        except LossyText:
+        except LossyTextError:
             counts[f"{name}/left_out_not_reversible"] += 1
             continue
         kept.append(document)

@@ -60,7 +60,12 @@ def same_number(found: str | None, wanted: str) -> bool:
 
 
 def answer(
-    estep: EStep, questions: Sequence[Question], space: Space, *, latent_format: bool, room: int,
+    estep: EStep,
+    questions: Sequence[Question],
+    space: Space,
+    *,
+    latent_format: bool,
+    room: int,
     answer_tokens: int,
 ) -> list[Answer]:
     """Greedy answers. Space `latent`: question, SoL Prior, thought, EoL, answer. Space `none`:

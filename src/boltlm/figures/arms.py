@@ -23,6 +23,7 @@ class Arm:
 
     name: str
     role: Role
+    format: str
     iteration: int | None
     latents: str | None
     generator: str | None
@@ -32,11 +33,10 @@ class Arm:
         """Its part in a few words."""
         if self.iteration is not None:
             return f"iteration {self.iteration}"
-        if self.role == "frozen":
-            return f"latents by {self.generator}"
-        if self.role == "other":
-            return "other" if self.generator is None else f"other, latents by {self.generator}"
-        return {"teacher": "teacher's latents", "raw": "raw text"}[self.role]
+        if self.role == "raw":
+            return "raw text"
+        source = "teacher's latents" if self.generator is None else f"latents by {self.generator}"
+        return source if self.format == "latent" else f"{self.format}, {source}"
 
 
 def arms(params: Mapping[str, Any]) -> tuple[Arm, ...]:
@@ -65,9 +65,14 @@ def controls(found: Sequence[Arm]) -> list[Arm]:
     return [arm for arm in found if arm.iteration is None]
 
 
+def ordered(found: Sequence[Arm]) -> list[Arm]:
+    """The chain, then what it is compared with."""
+    return [*chain(found), *controls(found)]
+
+
 def _arm(params: Mapping[str, Any], name: str, chain: Sequence[str]) -> Arm:
     latents, generator = _source(params, name)
-    form = section(params, f"models.{name}.format")
+    form = _form(params, name)
     role: Role = "other"
     if name in chain:
         role = "iteration"
@@ -80,6 +85,7 @@ def _arm(params: Mapping[str, Any], name: str, chain: Sequence[str]) -> Arm:
     return Arm(
         name=name,
         role=role,
+        format=form,
         iteration=chain.index(name) if name in chain else None,
         latents=latents,
         generator=generator,
@@ -94,12 +100,16 @@ def _source(params: Mapping[str, Any], name: str) -> tuple[str | None, str | Non
     return entry, section(params, f"latents.{entry}.model")
 
 
+def _form(params: Mapping[str, Any], name: str) -> str:
+    return section(params, f"models.{name}.format")
+
+
 def _line(params: Mapping[str, Any], name: str) -> list[str]:
     """From the first model of the latent format down to this one; empty for other formats."""
     models = section(params, "models")
     line: list[str] = []
     found: str | None = name
-    while found in models and section(params, f"models.{found}.format") == "latent":
+    while found is not None and found in models and _form(params, found) == "latent":
         if found in line:
             circle = " ← ".join([*reversed(line), found])
             raise UserError(f"params.yaml: models draw latents for each other: {circle}")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from boltlm.figures.arms import Arm, arms
+from boltlm.figures.arms import Arm, arms, chain
 from boltlm.params import section
 
 Numbers = Mapping[str, float]
+Point = tuple[str, float, int]  # metric, value, step: as tracking.py takes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +30,16 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """`measures` by model, `diagnostics` by entry of `latents`, `curves` by model and by what
-    models start from: the lines of a training curve. Nulls and texts are not in them."""
+    """`measures` by model, `diagnostics` by entry of `latents`, `generators`: who drew each of
+    those, `histograms` of their log w; `curves` by model and by what models start from: the
+    lines of a training curve. Nulls and texts are not in them."""
 
     arms: tuple[Arm, ...]
     measures: Mapping[str, Numbers]
     diagnostics: Mapping[str, Numbers]
+    generators: Mapping[str, str]
     curves: Mapping[str, list[dict[str, float]]]
+    histograms: Mapping[str, list[dict[str, float]]]
 
     def number(self, model: str, metric: str) -> Number | None:
         """A model's measure, or None where it has none."""
@@ -46,8 +50,9 @@ class Results:
 
     def bound_sizes(self) -> list[int]:
         """Every K for which some model has a bound, rising."""
-        found = (re.fullmatch(r"elbo_per_token_k(\d+)", key) for m in self.measures.values() for key in m)
-        return sorted({int(match[1]) for match in found if match})
+        keys = {key for measures in self.measures.values() for key in measures}
+        found = (re.fullmatch(r"elbo_per_token_k(\d+)", key) for key in keys)
+        return sorted(int(match[1]) for match in found if match)
 
 
 def read(params: Mapping[str, Any], metrics: Path) -> Results:
@@ -61,8 +66,43 @@ def read(params: Mapping[str, Any], metrics: Path) -> Results:
         arms=found,
         measures={name: _numbers(metrics / "eval" / f"{name}.json") for name in names},
         diagnostics={name: _numbers(metrics / "latents" / f"{name}.json") for name in entries},
+        generators={name: section(params, f"latents.{name}.model") for name in entries},
         curves={name: _curve(metrics / "train" / f"{name}.csv") for name in curved},
+        histograms={name: _curve(metrics / "latents" / f"{name}.csv") for name in entries},
     )
+
+
+def points(results: Results) -> list[Point]:
+    """The chain's measures with the iteration as step, and every model's as `<model>/<metric>`."""
+    line = [
+        (metric, value, arm.iteration or 0)
+        for arm in chain(results.arms)
+        for metric, value in results.measures[arm.name].items()
+    ]
+    each = [
+        (f"{model}/{metric}", value, 0)
+        for model, measures in results.measures.items()
+        for metric, value in measures.items()
+    ]
+    return line + each
+
+
+def parts(results: Results) -> dict[str, list[Point]]:
+    """By model its training curve by step, and its measures; by `latents/<entry>` the
+    diagnostics of those latents."""
+    found: dict[str, list[Point]] = {}
+    for model, lines in results.curves.items():
+        curve = [
+            (column, value, int(line["step"]))
+            for line in lines
+            for column, value in line.items()
+            if column != "step"
+        ]
+        measures = results.measures.get(model, {})
+        found[model] = curve + [(metric, value, 0) for metric, value in measures.items()]
+    for entry, diagnostics in results.diagnostics.items():
+        found[f"latents/{entry}"] = [(metric, value, 0) for metric, value in diagnostics.items()]
+    return found
 
 
 def _numbers(path: Path) -> Numbers:

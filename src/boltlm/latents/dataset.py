@@ -56,7 +56,9 @@ def references(split: Path, chunks: Path) -> dict[tuple[str, int], str]:
     where the data carries none. What a model writes is compared with it, never trained on it."""
     found: dict[tuple[str, int], str] = {}
     for path in shards(chunks):
-        documents = {document.doc_id: document for document in read_shard(split / path.name, Document)}
+        documents = {
+            document.doc_id: document for document in read_shard(split / path.name, Document)
+        }
         of_document = itertools.groupby(read_shard(path, Chunk), lambda chunk: chunk.doc_id)
         for doc_id, group in of_document:
             document = documents[doc_id]

@@ -76,6 +76,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 
 def create(config: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
+    bos, eos = (tokenizer.get_vocab()[text] for text in (BOS, EOS))
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -85,8 +86,8 @@ def create(config: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int) -> P
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=config.window,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=bos,
+            eos_token_id=eos,
             tie_word_embeddings=False,
         )
     )
@@ -146,18 +147,23 @@ def add_markers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed
         raise UserError(f"the base tokenizer already has {', '.join(sorted(known))}")
     old = len(tokenizer)
     tokenizer.add_tokens(list(MARKERS), special_tokens=True)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    matrices = _embeddings(model)
+    if len(tokenizer) > len(matrices[0]):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        matrices = _embeddings(model)
     generator = torch.Generator().manual_seed(seed)
-    matrices = {id(layer.weight): layer.weight for layer in
-                (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
-        for weight in matrices.values():
+        for weight in matrices:
             before = weight[:old].float()
             noise = torch.randn(len(MARKERS), before.shape[1], generator=generator)
-            spread = NEW_ROW_NOISE * before.std(0)
-            weight[old : old + len(MARKERS)] = (before.mean(0) + spread * noise).to(weight.dtype)
+            new = before.mean(0) + NEW_ROW_NOISE * before.std(0) * noise
+            weight[old : old + len(MARKERS)] = new.to(weight.dtype)
+
+
+def _embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The input and the output matrix, once where they are tied."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return list({id(layer.weight): layer.weight for layer in layers}.values())
 
 
 def make(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:

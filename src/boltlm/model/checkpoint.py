@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from boltlm.errors import UserError
 
@@ -34,12 +35,14 @@ def load(folder: Path, precision: Precision = "float32") -> PreTrainedModel:
     """The causal LM in `folder`, in evaluation mode, on the GPU where there is one."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model in it (config.json); run the stage that trains it")
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision))
     return model.to(device()).eval()
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer_from: Path, facts: dict[str, Any]) -> None:
     """Write weights (safetensors), config, the tokenizer's files, and `training.json`."""
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     if tokenizer_from != folder:
         for name in TOKENIZER_FILES:

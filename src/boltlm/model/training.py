@@ -118,17 +118,19 @@ def train(
                 logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED
             )
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            norm: Any = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             for stepper in steppers:
                 stepper.step()
                 stepper.zero_grad()
             tokens = int((labels_RL[rows] != IGNORED).sum())
-            value = float(loss)
+            value = loss.item()
             if not math.isfinite(value):
                 raise UserError(
                     f"{what}: loss is {value} at step {step + 1}; lower train.learning_rate"
                 )
-            log.add(tokens, value, rate, float(norm), last=step == steps - 1, every=config.log_every)
+            log.add(
+                tokens, value, rate, float(norm), last=step == steps - 1, every=config.log_every
+            )
             progress.note(f"loss {value:.3f}")
             progress.advance(tokens)
     model.eval()
@@ -170,8 +172,14 @@ class _Log:
         speed = self.since / max(now - self.told, 1e-9)
         loss = self.sum / self.since
         self.csv.writerow(
-            (self.step, self.tokens, f"{loss:.6f}", f"{rate:.6g}", f"{norm:.4f}",
-             f"{speed:.0f}", f"{now - self.started:.1f}")
+            (
+                self.step,
+                self.tokens,
+                f"{loss:.6f}",
+                f"{rate:.6g}",
+                f"{norm:.4f}",
+                f"{speed:.0f}",
+                f"{now - self.started:.1f}",
+            )
         )
         self.told, self.sum, self.since = now, 0.0, 0
-

@@ -138,7 +138,9 @@ def joint_scores(
     logs = token_log_probs(model, prefixes, branches, batch_tokens)
     return [
         [
-            Scores(float(log[: len(draw.tokens) + 1].sum()), float(log[len(draw.tokens) + 1 :].sum()))
+            Scores(
+                float(log[: len(draw.tokens) + 1].sum()), float(log[len(draw.tokens) + 1 :].sum())
+            )
             if draw.finish == "stop"
             else Scores(float("nan"), float("nan"))
             for draw, log in zip(group, logs_K, strict=True)

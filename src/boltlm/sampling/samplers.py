@@ -30,9 +30,7 @@ class Draw:
 
 
 class Sampler(Protocol):
-    def sample(
-        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int
-    ) -> list[list[Draw]]:
+    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
         """`draws` samples at temperature 1 for each prompt; draw k of prompt i depends on
         (seed, keys[i], k)."""
         ...
@@ -66,9 +64,7 @@ class TransformersSampler:
     def __post_init__(self) -> None:
         self.ends = _Ends.of_latents(self.markers)
 
-    def sample(
-        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int
-    ) -> list[list[Draw]]:
+    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
         found: list[list[Draw]] = [[] for _ in prompts]
         for batch in length_batches(
             [len(p) for p in prompts], draws, self.max_latent_tokens, self.batch_tokens
@@ -80,9 +76,7 @@ class TransformersSampler:
 
     def _noise(self, keys: Sequence[Key], draws: int) -> torch.Tensor:
         steps = self.max_latent_tokens + 1
-        noise = [
-            generator(self.seed, *key, k).random(steps) for key in keys for k in range(draws)
-        ]
+        noise = [generator(self.seed, *key, k).random(steps) for key in keys for k in range(draws)]
         return torch.from_numpy(np.stack(noise))
 
     @torch.inference_mode()

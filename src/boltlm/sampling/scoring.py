@@ -47,6 +47,8 @@ def _batch(
     device = model.device
     starts = [prefix[-1] for prefix in prefixes for _ in range(copies)]
     most = max(map(len, branches), default=0)
+    if most == 0:
+        return [np.zeros(0) for _ in branches]
     inputs_BL = torch.zeros(len(branches), most, dtype=torch.long)
     targets_BL = torch.zeros_like(inputs_BL)
     for row, (start, branch) in enumerate(zip(starts, branches, strict=True)):
@@ -76,6 +78,7 @@ def target_log_probs(
 ) -> torch.Tensor:
     """log-softmax of the output layer at the targets, a fixed number of positions at a time."""
     head = model.get_output_embeddings()
+    assert head is not None, "a causal LM has an output layer"
     flat_hidden, flat_targets = hidden_BLD.flatten(0, 1), targets_BL.flatten()
     pieces = [
         head(flat_hidden[i : i + LOGIT_POSITIONS])

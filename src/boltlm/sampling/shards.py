@@ -14,7 +14,7 @@ from boltlm.model import checkpoint
 from boltlm.params import build, section
 from boltlm.records import Chunk, Sample, read, read_shard, shards, write_shard
 from boltlm.sampling.estep import EStep, SamplingConfig, items
-from boltlm.sampling.weights import diagnostics, exact_fractions
+from boltlm.sampling.weights import diagnostics, exact_fractions, histogram
 from boltlm.tokens import TextCoder, most_chunk_tokens
 
 
@@ -35,8 +35,10 @@ def run(
     chunks: Path,
     work: Path,
     out: Path,
+    histogram_path: Path,
 ) -> dict[str, int | float]:
-    """Draw, weigh and select latents for every chunk; return the diagnostics.
+    """Draw, weigh and select latents for every chunk; return the diagnostics, and write the
+    histogram of log w as CSV.
 
     Finished shards are kept in `work` under a key made of the model's and the chunks' content
     and the settings: a killed run goes on where it was.
@@ -70,6 +72,9 @@ def run(
     engine.run_shards(names, compute, work=folder, out=out, what=f"latents {name}")
     groups = by_chunk(read(out, Sample))
     measured = diagnostics(groups) | exact_fractions(groups, references(split, chunks))
+    lines = ["from_nats,to_nats,count", *(",".join(map(str, line)) for line in histogram(groups))]
+    histogram_path.parent.mkdir(parents=True, exist_ok=True)
+    histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rates = {"seconds": seconds, "sampled_tokens_per_second": counts["tokens"] / max(seconds, 1e-9)}
     return measured | rates
 

@@ -7,6 +7,8 @@ import numpy as np
 from boltlm.records import Sample
 from boltlm.seeds import uniform
 
+BIN = 0.5  # nats, of the histogram of log w
+
 
 def log_weight(log_q: float, log_p_latent: float, log_p_text: float, finish: str) -> float:
     """log w = log p(Z, EoL) + log p(X | Z) − log q(Z, EoL | X); −inf for what is no latent."""
@@ -76,6 +78,17 @@ def exact_fractions(
     exact = [sample.latent == reference[sample.doc_id, sample.chunk] for sample in drawn]
     kept = [same for same, sample in zip(exact, drawn, strict=True) if sample.selected]
     return {"exact_fraction": _mean(exact), "exact_fraction_kept": _mean(kept)}
+
+
+def histogram(groups: Sequence[Sequence[Sample]]) -> list[tuple[float, float, int]]:
+    """(from, to, count) of the finite log w, in bins of BIN nats on a grid that holds 0."""
+    logs = np.array([s.log_weight for group in groups for s in group])
+    places, counts = np.unique(np.floor(logs[np.isfinite(logs)] / BIN), return_counts=True)
+    found = dict(zip(places.astype(int).tolist(), counts.tolist(), strict=True))
+    if not found:
+        return []
+    every = range(min(found), max(found) + 1)
+    return [(BIN * place, BIN * (place + 1), found.get(place, 0)) for place in every]
 
 
 def _mean(values: Sequence[float]) -> float:

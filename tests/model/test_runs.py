@@ -1,0 +1,117 @@
+"""Training runs: the budget that an arm gets, and what its facts say."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from boltlm.errors import UserError
+from boltlm.model import runs
+from boltlm.params import load
+from boltlm.records import Chunk, TeacherLatent, write_shard
+from boltlm.sequences.packing import Writer, kept_latents, stream, texts
+from boltlm.tokens import TextCoder
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents of two chunks, of which all but one have a latent."""
+    folder = tmp_path_factory.mktemp("data")
+    chunks = [
+        Chunk(doc_id=f"d{d}", chunk=c, text="x", tokens=tuple(range(2, 12 + d)))
+        for d in range(6)
+        for c in range(2)
+    ]
+    latents = [
+        TeacherLatent(doc_id=c.doc_id, chunk=c.chunk, latent="z", tokens=(30, 31, 32), reason=None)
+        for c in chunks[1:]
+    ]
+    write_shard(folder / "chunks" / "00000.parquet", Chunk, chunks)
+    write_shard(folder / "teacher" / "own" / "00000.parquet", TeacherLatent, latents)
+    return folder
+
+
+def run(
+    data: Path, base: Path, out: Path, form: str, kind: str, amount: int, **changes: Any
+) -> dict[str, Any]:
+    """The facts of one run; its rows and curve are in `out`."""
+    params = load(tiny.ROOT / "params.yaml")
+    params["seed"] = 1
+    params["train"] |= {"precision": "float32", "batch_rows": 4, "log_every": 1}
+    params["sequences"] |= {"length": 32, "layout": "document"}
+    params["sequences"] |= changes
+    budget = {"kind": kind, "amount": amount}
+    entry = {"parent": "base", "corpus": "em", "data": "teacher/own", "format": form}
+    params["models"] = {"arm": {**entry, "budget": budget, "train": {"learning_rate": 0.01}}}
+    runs.run(
+        params,
+        "arm",
+        parent=base,
+        chunks=data / "chunks",
+        data=data / "teacher" / "own",
+        out=out / "model",
+        csv_path=out / "curve.csv",
+    )
+    return load(out / "model" / "training.json")
+
+
+def epoch_tokens(data: Path, base: Path, form: Any, epochs: int) -> int:
+    corpus = texts(data / "chunks", kept_latents(data / "teacher" / "own"))
+    writer = Writer(
+        markers=TextCoder(base).markers,
+        form=form,
+        layout="document",
+        context_chunks=3,
+        window=128,
+        seed=1,
+    )
+    return len(stream(writer, corpus, epochs=epochs, tokens=None))
+
+
+@pytest.mark.parametrize("form", ["latent", "raw", "mixed"])
+def test_epochs_are_epochs(data: Path, base_folder: Path, tmp_path: Path, form: str) -> None:
+    """Every token but the first is trained on, so many times as there are epochs."""
+    facts = run(data, base_folder, tmp_path, form, "epochs", 2)
+    assert facts["tokens"] == epoch_tokens(data, base_folder, form, 2) - 1
+    assert facts["steps"] == math.ceil(math.ceil(facts["tokens"] / 32) / 4)
+    raw = 2 * sum(range(10, 16))
+    assert (facts["documents"], facts["chunks"], facts["raw_tokens"]) == (6, 12, raw)
+    if form == "raw":
+        assert facts["latent_tokens"] == 0
+    else:
+        assert facts["latent_tokens"] == 3 * 11
+        assert facts["chunks_without_latent"] == 1
+
+
+def test_the_matched_baseline_sees_as_many_tokens(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """SPEC 8, FLOP-matched: raw training goes on for as many tokens as the latent arm's epochs
+    have, marks and latents included, and not for as many epochs."""
+    latent = run(data, base_folder, tmp_path / "latent", "latent", "epochs", 2)
+    raw = run(data, base_folder, tmp_path / "raw", "raw", "matched_epochs", 2)
+    assert raw["tokens"] == latent["tokens"] > epoch_tokens(data, base_folder, "raw", 2)
+    given = run(data, base_folder, tmp_path / "tokens", "raw", "tokens", 100)
+    assert given["tokens"] == 99
+
+
+def test_a_run_overrides_the_section_train(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """`models.<name>.train` changes what it names and leaves the rest."""
+    run(data, base_folder, tmp_path, "latent", "epochs", 1)
+    rates = np.loadtxt(tmp_path / "curve.csv", delimiter=",", skiprows=1, usecols=3)
+    assert 0.001 < rates.max() <= 0.01
+
+
+def test_rows_beyond_the_window_are_an_error(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """Positions that the model has never seen would be trained on without a word."""
+    with pytest.raises(UserError, match=r"sequences\.length 129.*128"):
+        run(data, base_folder, tmp_path, "raw", "epochs", 1, length=129)
+
+
+def test_a_budget_is_positive(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """No step at all would copy the parent under another name."""
+    with pytest.raises(UserError, match=r"models\.arm\.budget.*amount"):
+        run(data, base_folder, tmp_path, "raw", "epochs", 0)

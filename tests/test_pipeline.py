@@ -1,0 +1,225 @@
+"""The graph as its users run it: `dvc repro` on the smoke preset, twice, interrupted, changed."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "GIT_AUTHOR_NAME": "test",
+    "GIT_AUTHOR_EMAIL": "test@localhost",
+    "GIT_COMMITTER_NAME": "test",
+    "GIT_COMMITTER_EMAIL": "test@localhost",
+}
+
+
+def run(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def clone(folder: Path) -> Path:
+    """A repository of its own with the smoke preset, and nothing computed."""
+    folder.mkdir()
+    for name in ("stages", "src"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "presets" / "smoke.yaml", folder / "params.yaml")
+    (folder / "metrics" / "latents").mkdir(parents=True)
+    run(folder, "git", "init", "-q")
+    run(folder, "dvc", "init", "-q")
+    return folder
+
+
+def outputs(folder: Path) -> dict[str, Any]:
+    """Content of every model and every table, by path, as DVC hashed it."""
+    lock = yaml.safe_load((folder / "dvc.lock").read_text("utf-8"))
+    outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+    return {o["path"]: o["md5"] for o in outs if not o["path"].startswith("metrics/")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = clone(tmp_path_factory.mktemp("pipeline") / "one")
+    run(folder, "dvc", "repro")
+    return folder
+
+
+def stage_command(folder: Path, name: str) -> list[str]:
+    """A stage's command, as dvc.lock holds it, with this interpreter."""
+    lock = yaml.safe_load((folder / "dvc.lock").read_text("utf-8"))
+    return [sys.executable, *lock["stages"][name]["cmd"].split()[1:]]
+
+
+@pytest.mark.timeout(900)
+def test_the_graph_runs_and_leaves_every_artefact(finished: Path) -> None:
+    """The paths and columns of SPEC section 10, and a number for every model."""
+    for model in ("warmstart", "em1", "em2", "raw_flops"):
+        assert (finished / "models" / model / "model.safetensors").is_file()
+        measured = json.loads((finished / "metrics" / "eval" / f"{model}.json").read_text())
+        assert measured["nll_per_token"] > 0
+        assert ("elbo_per_token_se" in measured) == (model != "raw_flops")
+    assert (finished / "metrics" / "figures" / "report.md").is_file()
+    assert (finished / "metrics" / "figures" / "training.png").is_file()
+
+
+@pytest.mark.timeout(900)
+def test_matched_baseline_saw_as_many_tokens_as_the_latent_run(finished: Path) -> None:
+    """FLOP-matched means the same number of training tokens, to the token."""
+    facts = [
+        json.loads((finished / "models" / name / "training.json").read_text())
+        for name in ("em2", "raw_flops")
+    ]
+    assert facts[0]["tokens"] == facts[1]["tokens"]
+
+
+@pytest.mark.timeout(900)
+def test_a_second_repro_does_nothing(finished: Path) -> None:
+    """Nothing that a stage writes may make another one, or itself, look out of date."""
+    assert "Running stage" not in run(finished, "dvc", "repro")
+
+
+@pytest.mark.timeout(900)
+def test_the_same_seed_gives_identical_artefacts(finished: Path, tmp_path: Path) -> None:
+    """Models and tables of two runs are equal to the byte (CPU, one thread)."""
+    other = clone(tmp_path / "other")
+    run(other, "dvc", "repro", "evaluate@em1")
+    theirs = outputs(other)
+    assert "models/em1" in theirs
+    assert "models/em2" not in theirs, "evaluate@em1 needs no second iteration"
+    ours = outputs(finished)
+    assert theirs == {path: ours[path] for path in theirs}
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
+    """SIGKILL between shards costs the unfinished ones only, and changes no byte."""
+    folder = finished / "data" / "latents" / "em2"
+    before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    assert len(before) > 2
+    shutil.rmtree(finished / ".work")
+    command = stage_command(finished, "latents@em2")
+    process = subprocess.Popen(command, cwd=finished, env=ENVIRONMENT)
+    work = finished / ".work" / "latents"
+    deadline = time.monotonic() + 120
+    while not list(work.glob("*/*.sha256")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {
+        path: path.stat().st_mtime_ns
+        for path in work.glob("*/*.parquet")
+        if path.with_name(path.name + ".sha256").exists()
+    }
+    text = run(finished, *command)
+    assert f"{len(done)} of {len(before)} shards found" in text
+    assert all(path.stat().st_mtime_ns == then for path, then in done.items())
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+@pytest.mark.timeout(900)
+def test_more_draws_keep_the_first_ones(finished: Path, tmp_path: Path) -> None:
+    """Draw k of a chunk depends on k, not on K: a larger K adds to the draws of a smaller."""
+    import pyarrow.parquet as pq
+
+    params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({**params, "k_samples": 3}))
+    command = stage_command(finished, "latents@em1")
+    command[command.index("--params") + 1] = str(tmp_path / "more.yaml")
+    for flag, name in (("--out", "out"), ("--metrics", "m.json"), ("--histogram", "m.csv")):
+        command[command.index(flag) + 1] = str(tmp_path / name)
+    run(finished, *command)
+    columns = ["doc_id", "chunk", "sample", "tokens", "finish"]
+    ours = pq.read_table(finished / "data/latents/em1", columns=columns).to_pylist()
+    more = pq.read_table(tmp_path / "out", columns=columns).to_pylist()
+    assert len(more) == len(ours) // params["k_samples"] * 3
+    assert [row for row in more if row["sample"] < params["k_samples"]] == ours
+
+
+@pytest.mark.timeout(900)
+def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
+    """`dvc exp run -S k_samples=8` may not retrain the base or the warm start."""
+    params = (finished / "params.yaml").read_text("utf-8")
+    try:
+        (finished / "params.yaml").write_text(params.replace("k_samples: 2 ", "k_samples: 3 ", 1))
+        status = json.loads(run(finished, "dvc", "status", "--json"))
+    finally:
+        (finished / "params.yaml").write_text(params)
+    assert set(status) == {"latents@em1", "latents@em2", "track"}
+
+
+@pytest.mark.timeout(900)
+def test_mlflow_holds_the_experiment_and_its_children(finished: Path) -> None:
+    """The user opens MLflow after a run: one run for the experiment, one for each part of it."""
+    with sqlite3.connect(finished / "mlflow.db") as database:
+        names = [name for (name,) in database.execute("select name from runs")]
+        metrics = database.execute(
+            "select step, value from metrics where key = 'elbo_per_token' order by step"
+        ).fetchall()
+    assert names.count("workspace") == 1
+    assert {"em1", "em2", "raw_flops"} <= set(names)
+    assert {step for step, _ in metrics} == {0, 1, 2}
+
+
+ERRORS = {
+    "an unknown key": ({"chunks": {"mean": 3}}, "unknown key chunks.mean"),
+    "a wrong path": ({"corpus": {"kind": "files", "path": "no/such.jsonl"}}, "no/such.jsonl"),
+    "a wrong kind": ({"corpus": {"kind": "web"}}, "kind must be"),
+    "a short window": ({"max_latent_tokens": 255}, "the model's window leaves"),
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_wrong_parameter_is_told_in_one_line(finished: Path, tmp_path: Path, case: str) -> None:
+    """What a user can cause gets a message and no traceback."""
+    change, message = ERRORS[case]
+    params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
+    columns = {"text": "text", "doc_id": None, "latent": None}
+    for key, value in change.items():
+        if key == "corpus":
+            value = {"columns": columns, "shuffle_buffer": 0, **value}
+            params["corpora"] = {"em": {"documents": 5, "source": {}}}
+        params[key] = {**params[key], **value} if key == "chunks" else value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    command = [
+        sys.executable,
+        "stages/split.py",
+        "--params",
+        str(tmp_path / "params.yaml"),
+        "--base",
+        "models/base",
+        "--split",
+        str(tmp_path / "split"),
+        "--chunks",
+        str(tmp_path / "chunks"),
+        "--metrics",
+        str(tmp_path / "m.json"),
+    ]
+    done = subprocess.run(
+        command, cwd=finished, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
