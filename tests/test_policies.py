@@ -146,7 +146,7 @@ def test_readme_commands_exist() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
     assert len(readme.splitlines()) <= 150
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
-    for target in re.findall(r"\bmake (\w+)", readme):
+    for target in re.findall(r"(?:^    |`)make (\w+)", readme, re.M):
         assert target in targets, target
     for path in re.findall(r"\]\(([\w./-]+)\)|`((?:presets|stages|src|metrics)/[\w./-]+)`", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path

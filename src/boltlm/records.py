@@ -195,5 +195,8 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
         for name, value in facts.items()
     }
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -4,7 +4,9 @@ Reads `tokenizer.json` and `config.json` of a model folder with the tokenizers l
 stages that only need ids start fast.
 """
 
+import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +57,11 @@ class TextCoder:
             post=self._marker(model, POST),
         )
 
+    @property
+    def _special(self) -> set[int]:
+        m = self.markers
+        return {m.bos, m.eos, m.sol, m.eol, m.prior, m.post}
+
     def _marker(self, model: Path, text: str) -> int:
         found = self.tokenizer.token_to_id(text)
         if found is None:
@@ -65,7 +72,17 @@ class TextCoder:
         return found
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """The ids of a text; none of them is BOS, EOS or a marker, whatever the text says."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self._special.isdisjoint(ids):
+            return ids
+        # A vocabulary that holds these strings as pieces: cut each behind its first character.
+        names = filter(None, map(self.tokenizer.id_to_token, self._special))
+        found = re.finditer("|".join(map(re.escape, names)), text)
+        edges = [0, *(match.start() + 1 for match in found), len(text)]
+        pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
+        encode = self.tokenizer.encode
+        return [token for piece in pieces for token in encode(piece, add_special_tokens=False).ids]
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)

@@ -7,15 +7,17 @@ differ by is taken from the exact variance.
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from boltlm.errors import UserError
-from boltlm.records import Chunk, Sample
-from boltlm.sampling.estep import EStep, Item, SamplingConfig, items
+from boltlm.records import Sample
+from boltlm.sampling.estep import EStep, Item, SamplingConfig
+from boltlm.sampling.samplers import Draw, Key
 from boltlm.sampling.weights import iwae
+from boltlm.sequences.layouts import Ids
 from tests import exact, tiny
 from tests.exact import Table
 
@@ -251,6 +253,33 @@ def test_results_depend_on_seed_purpose_document_and_chunk(
     assert [tuple(s.tokens for s in group) for group in estep.run(renamed, 4)] != first
 
 
+class Same:
+    """A sampler of equal draws, so that only the selection's own number decides."""
+
+    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
+        assert len(keys) == len(prompts)
+        return [[Draw((1,), "stop", -1.0)] * draws for _ in prompts]
+
+
+def test_selection_has_a_number_for_each_seed_purpose_document_and_chunk(
+    enumerable: tiny.Tiny,
+) -> None:
+    """Evaluation must not repeat the choices of training, nor one chunk those of another."""
+    found = [replace(CASES["a context"], chunk=n) for n in range(40)]
+    renamed = [replace(item, doc_id="other") for item in found]
+
+    def kept(made: EStep, asked: list[Item]) -> tuple[int, ...]:
+        made.sampler = Same()
+        return tuple([s.selected for s in group].index(True) for group in made.run(asked, 4))
+
+    first = kept(make(enumerable), found)
+    others = [kept(make(enumerable, seed=2), found), kept(make(enumerable), renamed)]
+    others.append(kept(make(enumerable, purpose="evaluate"), found))
+    assert kept(make(enumerable), found) == first
+    assert set(first) == {0, 1, 2, 3}
+    assert len({first, *others}) == 4
+
+
 def test_more_draws_leave_the_first_as_they_are(estep: EStep) -> None:
     """Bounds for a smaller K come from the same table."""
     found = list(CASES.values())
@@ -266,33 +295,3 @@ def test_samples_name_their_chunk(enumerable: tiny.Tiny, estep: EStep) -> None:
             (item.doc_id, item.chunk, k) for k in range(5)
         ]
         assert all(s.latent == enumerable.coder.decode(list(s.tokens)) for s in group)
-
-
-def test_items_have_raw_context_within_the_room() -> None:
-    """Up to L chunks of the same document, whole ones, as many as fit beside the chunk."""
-    chunks = [
-        Chunk(doc_id=doc, chunk=n, text="", tokens=tokens)
-        for doc, n, tokens in (
-            ("a", 0, (1, 1)), ("a", 1, (2,)), ("a", 2, (3, 3, 3)), ("a", 3, (4,)), ("b", 0, (5,)),
-            ("b", 1, (6,) * 9),
-        )
-    ]  # fmt: skip
-    wide = items(chunks, 2, 100)
-    assert [(i.doc_id, i.chunk, i.context) for i in wide] == [
-        ("a", 0, ()),
-        ("a", 1, (1, 1)),
-        ("a", 2, (1, 1, 2)),
-        ("a", 3, (2, 3, 3, 3)),
-        ("b", 0, ()),
-        ("b", 1, (5,)),
-    ]
-    assert [i.text for i in wide] == [chunk.tokens for chunk in chunks]
-    assert [i.context for i in items(chunks, 2, 5)] == [(), (1, 1), (2,), (2, 3, 3, 3), (), ()]
-    assert [i.context for i in items(chunks, 2, 4)][3] == (3, 3, 3)
-    assert all(i.context == () for i in items(chunks, 0, 100))
-
-
-def test_a_batch_holds_at_least_a_token() -> None:
-    """Zero would read as `no limit`."""
-    with pytest.raises(UserError, match="batch_tokens"):
-        SamplingConfig(sampler="transformers", precision="float32", batch_tokens=0)

@@ -12,6 +12,7 @@ from boltlm.records import Sample
 from boltlm.sampling.weights import (
     diagnostics,
     exact_fractions,
+    histogram,
     iwae,
     log_weight,
     normalised,
@@ -170,3 +171,16 @@ def test_exact_fractions_by_hand() -> None:
     found = exact_fractions(groups, reference)
     assert found == {"exact_fraction": 2 / 4, "exact_fraction_kept": 1 / 2}
     assert exact_fractions(groups, {}) == {}
+
+
+def test_histogram_by_hand() -> None:
+    """Bins of half a nat, edges on the lower side, empty ones within, failures left out."""
+    groups = [[sample(-0.75), sample(-0.5)], [sample(0.0), sample(0.49), sample(-np.inf)]]
+    assert histogram([*groups, [sample(1.2)]]) == [
+        (-1.0, -0.5, 1),
+        (-0.5, 0.0, 1),
+        (0.0, 0.5, 2),
+        (0.5, 1.0, 0),
+        (1.0, 1.5, 1),
+    ]
+    assert histogram([[sample(-np.inf)]]) == []

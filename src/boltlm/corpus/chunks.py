@@ -24,6 +24,7 @@ _ABBREVIATIONS = (
 )
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
+_LOOK_BACK = 16  # characters; more than the longest abbreviation takes
 
 
 class LossyTextError(UserError):
@@ -53,6 +54,15 @@ class Chunking:
             raise UserError("mean_sentences > 0 and 1 ≤ least_sentences ≤ most_sentences")
 
 
+def encodable(text: str) -> bool:
+    """Whether the text is Unicode: JSON can hold half a surrogate pair, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sentences(text: str) -> list[str]:
     """Cut `text` into sentences; white space goes with the sentence behind it, as a word's space
     goes with the word in most tokenizers.
@@ -62,9 +72,13 @@ def sentences(text: str) -> list[str]:
     """
     edges = [0]
     for match in _END.finditer(text):
-        piece = text[edges[-1] : match.end()]
-        if piece.strip() and not _NO_END.search(piece):
-            edges.append(match.end())
+        end = match.end()
+        if match[0]:
+            ends = not _NO_END.search(text[max(edges[-1], end - _LOOK_BACK) : end])
+        else:
+            ends = bool(text[edges[-1] : end].strip())
+        if ends:
+            edges.append(end)
     if len(edges) > 1 and not text[edges[-1] :].strip():
         edges.pop()
     return [text[start:end] for start, end in itertools.pairwise([*edges, len(text)]) if text]
@@ -109,6 +123,8 @@ class Chunker:
 
     def chunks(self, document: Document) -> list[Chunk]:
         """The document's chunks. Raises LossyTextError where the tokenizer loses some of it."""
+        if not encodable(document.text):
+            raise LossyTextError(f"document '{document.doc_id}': half a surrogate pair in its text")
         draw = generator(self.seed, "chunks", document.doc_id)
         pieces = sentences(document.text)
         made: list[Chunk] = []
@@ -145,13 +161,14 @@ class Chunker:
             yield held
 
     def _prefix(self, text: str) -> str:
-        """The longest beginning that a token's edge allows and that fits when encoded alone."""
-        tokens = self.most_tokens
-        while tokens > 0:
-            piece = text[: self.encoder.prefix_characters(text, tokens)]
-            if piece and len(self.encoder.encode(piece)) <= self.most_tokens:
-                return piece
-            tokens -= 1
+        """A beginning that fits when encoded alone: at a token's edge where that is enough, else
+        at the character that the count of its tokens suggests."""
+        size = min(self.encoder.prefix_characters(text, self.most_tokens), len(text) - 1)
+        while size > 0:
+            tokens = len(self.encoder.encode(text[:size]))
+            if tokens <= self.most_tokens:
+                return text[:size]
+            size = min(size - 1, size * self.most_tokens // tokens + 1)
         raise UserError(
             f"a single character needs more than the {self.most_tokens} tokens left to a chunk"
         )

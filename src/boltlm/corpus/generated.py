@@ -1,13 +1,13 @@
-"""The embedded corpus: pages about a dial whose sentences state results and hide the reckoning.
+"""The embedded corpus: pages about dials whose sentences state results and hide the reckoning.
 
-A dial has ten marks, 0 to 9, and goes round. A page follows one dial through a few rounds:
+A dial has ten marks, 0 to 9, and goes round. A page tells of a few rounds:
 
-    The dial stands at 8. Ann adds 3, Ben takes 2, Kim adds 1. Now it stands at 0.
+    Ann turns a dial from 8: it first goes up by 3, finally goes down by 2. It stops at 9.
 
-The derivation that a round's sentences rest on is never written on the page; the generator knows
-it and hands it out as each sentence's thought, the teacher's latent:
+The derivation that both sentences rest on is never written on the page; the generator knows it
+and hands it out as each sentence's thought, the teacher's latent:
 
-    8: Ann adds 3 = 1, Ben takes 2 = 9, Kim adds 1 = 0.
+    Dial from 8, first + 3 = 1, finally - 2 = 9.
 
 `primer` pages are what a base model has read before: rounds of one step, derivations by
 themselves, and, in a share of the passages, rounds together with their derivations.
@@ -15,7 +15,7 @@ themselves, and, in a share of the passages, rounds together with their derivati
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -25,28 +25,13 @@ from boltlm.records import Document, Question
 from boltlm.seeds import generator, uniform
 
 MARKS = 10
-NAMES = [
-    "Ann",
-    "Ben",
-    "Cara",
-    "Dan",
-    "Eva",
-    "Finn",
-    "Gina",
-    "Hugo",
-    "Ida",
-    "Jack",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Ned",
-    "Olga",
-    "Paul",
-    "Rosa",
-    "Sam",
-    "Tina",
-    "Will",
-]
+NAMES = (
+    *("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack"),
+    *("Kim", "Leo", "Mia", "Ned", "Olga", "Paul", "Rosa", "Sam", "Tina", "Will"),
+)
+# Of two and of four tokens: as many as the special tokens and a result put between a round and
+# its latent, so that the base model has looked back over such distances.
+ASIDES = ("", "So.", "So it is.")
 KEYS = ("first", "then", "next", "finally")
 HELD_OUT_SHARE = 0.1
 
@@ -167,19 +152,21 @@ def _reckoning(config: Generated, seed: int, draw: np.random.Generator) -> list[
 
 
 def _primer(config: Generated, seed: int, draw: np.random.Generator) -> list[tuple[str, str]]:
-    """Rounds with their derivation before, amid or behind; or, outside the share of worked
-    passages, a derivation by itself or a round of one step."""
+    """Rounds with their derivation before, amid or behind, perhaps after an aside; or, outside
+    the share of worked passages, a derivation by itself or a round of one step."""
+    short = replace(config, least_steps=1, most_steps=1)
     written: list[str] = []
     for one in _rounds(config, seed, draw):
         told, result, derivation = one.told(), one.result(), one.derivation()
+        aside = str(draw.choice(ASIDES))
         orders = (
             [derivation, told, result],
-            [told, derivation, result],
-            [told, result, derivation],
+            [told, aside, derivation, result],
+            [told, result, aside, derivation],
         )
-        single = Round(one.start, one.steps[:1], one.name)
+        single = _round(short, seed, draw, one.start)
         if draw.random() < config.worked_share:
             written += orders[int(draw.integers(3))]
         else:
             written += [single.told(), single.result()] if draw.random() < 0.5 else [derivation]
-    return [(sentence, "") for sentence in written]
+    return [(sentence, "") for sentence in written if sentence]

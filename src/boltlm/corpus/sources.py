@@ -2,15 +2,16 @@
 
 import glob
 import gzip
-import heapq
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+from pyarrow import ArrowInvalid
 
 from boltlm.corpus import generated
 from boltlm.errors import UserError
@@ -121,29 +122,31 @@ def questions(config: Source, seed: int) -> Iterator[Question]:
 
 
 def _shuffled(found: Iterable[Document], buffer: int, seed: int) -> Iterator[Document]:
-    """A shuffle that depends on ids: of up to `buffer` held documents the lowest key leaves."""
+    """A shuffle that depends on ids: each new document takes the place of one of `buffer` held
+    ones, which leaves; the rest leave in the order of their keys."""
     if buffer == 0:
         yield from found
         return
-    held: list[tuple[float, str, int, Document]] = []
-    for index, document in enumerate(found):
-        key = uniform(seed, "order", document.doc_id)
-        entry = (key, document.doc_id, index, document)
+    held: list[Document] = []
+    for document in found:
         if len(held) < buffer:
-            heapq.heappush(held, entry)
-        else:
-            yield heapq.heappushpop(held, entry)[-1]
-    while held:
-        yield heapq.heappop(held)[-1]
+            held.append(document)
+            continue
+        place = int(uniform(seed, "place", document.doc_id) * buffer)
+        leaving, held[place] = held[place], document
+        yield leaving
+    yield from sorted(held, key=lambda document: uniform(seed, "order", document.doc_id))
 
 
 def _files(config: Files) -> Iterator[Document]:
     paths = sorted(glob.glob(config.path))
     if not paths:
         raise UserError(f"corpus path '{config.path}': no such file; give a path or glob pattern")
-    for path in paths:
+    names = [Path(path).name for path in paths]
+    origins = names if len(set(names)) == len(names) else paths
+    for path, origin in zip(paths, origins, strict=True):
         rows = _parquet_rows(path) if path.endswith(".parquet") else _json_rows(path)
-        yield from _mapped(rows, config.columns, Path(path).name)
+        yield from _mapped(rows, config.columns, origin)
 
 
 def _json_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -160,14 +163,17 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: expected an object a line (JSONL)")
                 yield row
-    except (gzip.BadGzipFile, UnicodeDecodeError, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, UnicodeDecodeError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 JSONL: {error}") from error
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:

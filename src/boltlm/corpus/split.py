@@ -1,5 +1,6 @@
 """Sources become named corpora: documents and their chunks in shards, and held-out questions."""
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from boltlm.errors import UserError
 from boltlm.params import build, section
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Question, shard_name, write_shard
+
+BASE = "base"  # the corpus that the stage `base` reads straight from its source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,17 +102,20 @@ def questions(params: Mapping[str, Any]) -> list[Question]:
 def split(
     params: Mapping[str, Any], chunker: Chunker, split_to: Path, chunks_to: Path
 ) -> dict[str, int | float]:
-    """Write every corpus's documents and chunks, and the questions; return the counts.
+    """Write every corpus's documents and chunks, and the questions; return the counts. The
+    corpus `base` is left out: nothing but the stage `base` reads it, before there are chunks.
 
     A document that is empty, or that the tokenizer cannot give back, is left out and counted.
     """
     config = build(Split, section(params, "split"), "split")
     counts: Counter[str] = Counter()
-    for name in section(params, "corpora"):
+    for name in [name for name in section(params, "corpora") if name != BASE]:
         total = section(params, f"corpora.{name}.documents")
         with Progress(what=f"split {name}", total=total, unit="documents") as progress:
+            seen: set[bytes] = set()
             batches = _batches(documents(params, name), config.shard_documents)
             for index, batch in enumerate(batches):
+                _no_twins(batch, seen, name)
                 kept, chunks = _shard(batch, chunker, counts, name)
                 write_shard(split_to / name / shard_name(index), Document, kept)
                 write_shard(chunks_to / name / shard_name(index), Chunk, chunks)
@@ -126,6 +132,19 @@ def split(
 def _batches(found: Iterator[Document], size: int) -> Iterator[list[Document]]:
     while batch := list(itertools.islice(found, size)):
         yield batch
+
+
+def _no_twins(batch: list[Document], seen: set[bytes], name: str) -> None:
+    """Raises UserError for an id that was there before: every later stage joins by it. Eight
+    bytes of a digest stand for an id."""
+    for document in batch:
+        digest = hashlib.blake2b(document.doc_id.encode(), digest_size=8).digest()
+        if digest in seen:
+            raise UserError(
+                f"corpora.{name}: two documents have the id '{document.doc_id}'; map another"
+                " column to doc_id, or null to number them"
+            )
+        seen.add(digest)
 
 
 def _shard(

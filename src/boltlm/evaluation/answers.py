@@ -4,18 +4,21 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import ClassVar, Literal
 
 import pyarrow as pa
 
 from boltlm.corpus.chunks import sentences
+from boltlm.errors import UserError
 from boltlm.records import Question
 from boltlm.sampling.estep import EStep
 from boltlm.sampling.samplers import Key, TransformersSampler
 from boltlm.sequences import layouts
 
 Space = Literal["latent", "none"]
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A sign belongs to a number unless a digit stands before it; commas group thousands.
+_NUMBER = re.compile(r"(?:(?<![\d.])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +57,13 @@ def same_number(found: str | None, wanted: str) -> bool:
     if found is None:
         return False
     try:
-        return float(found.replace(",", "")) == float(wanted.replace(",", ""))
-    except ValueError:
+        return _decimal(found) == _decimal(wanted)
+    except InvalidOperation:
         return found == wanted
+
+
+def _decimal(text: str) -> Decimal:
+    return Decimal(text.replace(",", "").replace("−", "-"))
 
 
 def answer(
@@ -70,6 +77,8 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers. Space `latent`: question, SoL Prior, thought, EoL, answer. Space `none`:
     question, answer, with the empty pair between them for models of the latent format."""
+    if room < 1:
+        raise UserError("the model's window leaves no room for a question; lower max_latent_tokens")
     m, coder = estep.markers, estep.coder
     keys: list[Key] = [("answer", question.question_id) for question in questions]
     contexts = [coder.encode(question.prompt)[-room:] for question in questions]

@@ -43,6 +43,7 @@ def measure(
     estep = make_estep(params, model, purpose="evaluate")
     room = context_room(estep.coder, params)
     found = list(read(chunks, Chunk))
+    out.mkdir(parents=True, exist_ok=True)
     measured = likelihood.raw_nll(
         estep.model,
         estep.markers,

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from boltlm.corpus.chunks import encodable
 from boltlm.corpus.split import documents
 from boltlm.errors import UserError
 from boltlm.model import checkpoint
@@ -188,7 +189,7 @@ def make(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
 def _pretrain(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
     config = build(Pretrain, section(params, "base"), "base")
     seed = section(params, "seed")
-    found = [document for document in documents(params, "base") if document.text]
+    found = [doc for doc in documents(params, "base") if doc.text and encodable(doc.text)]
     tokenizer = train_tokenizer((document.text for document in found), config.vocabulary)
     model = create(config, tokenizer, seed)
     add_markers(model, tokenizer, seed)
