@@ -20,6 +20,7 @@ ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": "src",
     "GIT_AUTHOR_NAME": "test",
     "GIT_AUTHOR_EMAIL": "test@localhost",
     "GIT_COMMITTER_NAME": "test",
@@ -66,7 +67,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage_command(folder: Path, name: str) -> list[str]:
     """A stage's command, as dvc.lock holds it, with this interpreter."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text("utf-8"))
-    return [sys.executable, *lock["stages"][name]["cmd"].split()[1:]]
+    setting, python, *rest = lock["stages"][name]["cmd"].split()
+    assert (setting, python) == ("PYTHONPATH=src", "python")
+    return [sys.executable, *rest]
 
 
 @pytest.mark.timeout(900)

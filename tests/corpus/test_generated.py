@@ -170,3 +170,10 @@ def test_impossible_settings_name_the_key(change: dict[str, int], named: str) ->
     """An empty range would otherwise fail inside numpy, or loop."""
     with pytest.raises(UserError, match=named):
         tiny.pages(**change)
+
+
+def test_rounds_that_do_not_exist_are_an_error() -> None:
+    """From some marks no held-out round of one step starts: say so, do not search for ever."""
+    narrow = tiny.pages(problems="held_out", least_steps=1, most_steps=1, largest_step=1)
+    with pytest.raises(UserError, match="no 'held_out' round"):
+        taken(narrow, 50)

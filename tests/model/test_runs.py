@@ -65,7 +65,7 @@ def epoch_tokens(data: Path, base: Path, form: Any, epochs: int) -> int:
         form=form,
         layout="document",
         context_chunks=3,
-        window=128,
+        room=128,
         seed=1,
     )
     return len(stream(writer, corpus, epochs=epochs, tokens=None))

@@ -34,6 +34,7 @@ NAMES = (
 ASIDES = ("", "So.", "So it is.")
 KEYS = ("first", "then", "next", "finally")
 HELD_OUT_SHARE = 0.1
+MOST_TRIES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,14 +130,20 @@ def questions(config: Generated, seed: int) -> Iterator[Question]:
 
 
 def _round(config: Generated, seed: int, draw: np.random.Generator, start: int) -> Round:
-    """A round from `start` that this side of the hold-out may tell of."""
-    while True:
+    """A round from `start` that this side of the hold-out may tell of. Raises UserError where
+    there is none to be found."""
+    for _ in range(MOST_TRIES):
         count = int(draw.integers(config.least_steps, config.most_steps + 1))
         sizes = draw.integers(1, config.largest_step + 1, size=count)
         steps = tuple((sizes * draw.choice((-1, 1), size=count)).tolist())
         held_out = uniform(seed, "held out", start, repr(steps)) < HELD_OUT_SHARE
         if held_out == (config.problems == "held_out"):
             return Round(start, steps, str(draw.choice(NAMES)))
+    raise UserError(
+        f"no '{config.problems}' round of {config.least_steps} to {config.most_steps} steps starts"
+        f" at {start}; allow more or larger steps"
+        + (", and let primer pages tell 'train' rounds" if config.pages == "primer" else "")
+    )
 
 
 def _rounds(config: Generated, seed: int, draw: np.random.Generator) -> list[Round]:

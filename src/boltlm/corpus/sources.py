@@ -3,6 +3,7 @@
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -143,8 +144,10 @@ def _files(config: Files) -> Iterator[Document]:
     if not paths:
         raise UserError(f"corpus path '{config.path}': no such file; give a path or glob pattern")
     names = [Path(path).name for path in paths]
-    origins = names if len(set(names)) == len(names) else paths
-    for path, origin in zip(paths, origins, strict=True):
+    if len(set(names)) < len(names):  # ids must differ, and not name a place of this machine
+        shared = os.path.commonpath(paths)
+        names = [os.path.relpath(path, shared) for path in paths]
+    for path, origin in zip(paths, names, strict=True):
         rows = _parquet_rows(path) if path.endswith(".parquet") else _json_rows(path)
         yield from _mapped(rows, config.columns, origin)
 

@@ -80,7 +80,7 @@ def documents(params: Mapping[str, Any], name: str) -> Iterator[Document]:
 
 
 def _told(source: sources.Source, seed: int) -> Iterator[Document]:
-    """Documents with something in them; a source of nothing but blanks is an error."""
+    """The source's documents. Raises UserError where it holds none at all."""
     found = False
     for document in sources.documents(source, seed):
         found = True

@@ -201,7 +201,7 @@ def _pretrain(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
         form="raw",
         layout="document",
         context_chunks=0,
-        window=coder.window,
+        room=coder.window,
         seed=seed,
     )
     corpus = [Text(doc.doc_id, (Pair(coder.encode(doc.text), None),)) for doc in found]

@@ -11,7 +11,7 @@ from boltlm.model.training import TrainConfig, train
 from boltlm.params import build, section
 from boltlm.sequences.layouts import Format
 from boltlm.sequences.packing import SequenceConfig, Writer, kept_latents, rows, stream, texts
-from boltlm.tokens import TextCoder
+from boltlm.tokens import TextCoder, most_chunk_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ def run(
             form=form,
             layout=sequences.layout,
             context_chunks=section(params, "context_chunks"),
-            window=coder.window,
+            room=most_chunk_tokens(coder.window, section(params, "max_latent_tokens")),
             seed=seed,
         )
 

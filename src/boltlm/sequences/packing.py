@@ -4,7 +4,7 @@ Order, coins and rows depend on (seed, epoch, document) alone; no token is dropp
 padded but in the last row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +77,14 @@ def texts(chunks: Path, latents: Latents) -> list[Text]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Writer:
-    """Writes documents as tokens in one format; `room`: tokens that a row's context may take."""
+    """Writes documents as tokens in one format. `room`: what the window leaves to a context and
+    its chunk together, in tokens, as in the E-step."""
 
     markers: Markers
     form: Format
     layout: Layout
     context_chunks: int
-    window: int
+    room: int
     seed: int
 
     def prior_modes(self, text: Text, epoch: int) -> list[bool]:
@@ -108,9 +109,8 @@ class Writer:
 
     def _row(self, text: Text, index: int, prior_mode: bool) -> list[int]:
         pair = text.pairs[index]
-        rest = len(layouts.chunk(self.markers, pair, prior_mode)) + 2
         before = [earlier.text for earlier in text.pairs[:index]]
-        context = layouts.context(before, self.context_chunks, self.window - rest)
+        context = layouts.context(before, self.context_chunks, self.room - len(pair.text))
         last = index == len(text.pairs) - 1
         return layouts.row(self.markers, context, pair, prior_mode, last)
 
@@ -148,8 +148,3 @@ def rows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     labels = padded[1:].reshape(count, length)
     inputs = padded[:-1].reshape(count, length)
     return np.where(inputs == IGNORED, 0, inputs), labels
-
-
-def batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
