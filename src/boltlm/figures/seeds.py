@@ -1,0 +1,89 @@
+"""Finished DVC experiments as one table: mean ± standard error over seeds.
+
+    dvc exp run --queue -S seed=1,2,3
+    dvc exp run --queue -S seed=1,2,3 -S k_samples=1,8 evaluate@em1
+    dvc queue start
+    python -m boltlm.figures.seeds --out metrics/seeds.csv
+
+An experiment counts by what its own params.yaml says, not by its name. Of a run with another
+`k_samples` than the workspace's only the models named by --of-other-k count.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METRICS = (
+    "elbo_per_token",
+    "nll_per_token",
+    "exact_fraction",
+    "questions/latent/accuracy",
+    "questions/none/accuracy",
+)
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(("git", *arguments), check=True, capture_output=True, text=True).stdout
+
+
+def rows(default_k: int, of_other_k: list[str]) -> list[dict[str, Any]]:
+    """One row a model, K and seed, from every experiment of this repository."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for ref in git("for-each-ref", "refs/exps", "--format=%(refname)").split():
+        if len(ref.split("/")) != 5:  # refs/exps/<2 of the commit>/<38 of it>/<name>
+            continue
+        params = yaml.safe_load(git("show", f"{ref}:params.yaml"))
+        seed, draws = params["seed"], params["k_samples"]
+        for path in git("ls-tree", "--name-only", ref, "metrics/eval/").split():
+            model = Path(path).stem
+            if draws == default_k or model in of_other_k:
+                facts = json.loads(git("show", f"{ref}:{path}"))
+                measured = {metric: facts.get(metric) for metric in METRICS}
+                row = {"model": model, "k_samples": draws, "seed": seed, **measured}
+                found[model, draws, seed] = row
+    return [found[key] for key in sorted(found)]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each model and K."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        groups[row["model"], row["k_samples"]].append(row)
+    lines = [["model", "K", "seeds", *METRICS], ["---"] * (3 + len(METRICS))]
+    for (model, draws), group in groups.items():
+        cells = [mean([row[metric] for row in group]) for metric in METRICS]
+        lines.append([model, str(draws), str(len(group)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean(values: list[float | None]) -> str:
+    """Mean and its standard error, `–` where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return f"{known[0]:.3f}" if known else "–"
+    return f"{statistics.mean(known):.3f} ± {statistics.stdev(known) / len(known) ** 0.5:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--of-other-k", nargs="*", default=["em1"])
+    args = parser.parse_args()
+    params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
+    found = rows(params["k_samples"], args.of_other_k)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ("model", "k_samples", "seed", *METRICS))
+        writer.writeheader()
+        writer.writerows(found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
