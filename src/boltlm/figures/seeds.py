@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-METRICS = (
+METRICS: tuple[str, ...] = (
     "elbo_per_token",
     "nll_per_token",
     "exact_fraction",
@@ -79,7 +79,7 @@ def main() -> None:
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
     found = rows(params["k_samples"], args.of_other_k)
     with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("model", "k_samples", "seed", *METRICS))
+        writer = csv.DictWriter(file, list(found[0]) if found else ["model"])
         writer.writeheader()
         writer.writerows(found)
     print(table(found))
