@@ -22,7 +22,7 @@ ui: .venv/ready
 	$(RUN) mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 .venv/ready: $(LOCK) pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11 …" * (sys.version_info < (3, 11)))'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet uv==0.13.8
 	$(TORCH) $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK) -e .
