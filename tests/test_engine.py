@@ -137,3 +137,18 @@ def test_keys_name_what_work_depends_on() -> None:
     ]
     assert len({key, *map(engine.key, others)}) == 6
     assert key.isalnum()
+
+
+def test_work_is_known_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards drawn by other code are other shards; a comment is not other code."""
+    package = tmp_path / "worker_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "draws.py").write_text("def log_w(p, q):\n    return p - q\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = engine.code(["worker_package"])
+    (package / "draws.py").write_text("# why\ndef log_w(p, q):\n\n    return (p - q)\n")
+    assert engine.code(["worker_package"]) == before
+    (package / "draws.py").write_text("def log_w(p, q):\n    return q - p\n")
+    assert engine.code(["worker_package"]) != before
+    assert engine.code(["worker_package.draws"]) != engine.code(["worker_package"])

@@ -75,6 +75,17 @@ def test_shared_modules_do_not_import_rooms() -> None:
             assert found.parent == PACKAGE, f"{path.name} imports {found}"
 
 
+def test_the_key_of_samples_covers_the_code_that_draws_them() -> None:
+    """What an E-step's draws import is in the key of its shards; what only reads params, paths
+    or references is not."""
+    from boltlm.sampling.shards import CODE
+
+    reading = {PACKAGE / name for name in ("engine.py", "errors.py", "params.py", "progress.py")}
+    covered = [ROOT / "src" / Path(*name.split(".")) for name in CODE]
+    for path in closure(PACKAGE / "sampling" / "estep.py") - reading:
+        assert any(path == c.with_suffix(".py") or path.is_relative_to(c) for c in covered), path
+
+
 def test_files_are_short() -> None:
     """A file that no longer fits on a few screens is two files."""
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "stages").glob("*.py")]:

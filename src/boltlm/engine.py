@@ -6,7 +6,9 @@ same key: after a crash, in a queued experiment, under another preset. When all 
 are published into the stage's output.
 """
 
+import ast
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -15,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from boltlm.progress import track
-
-FORMAT = 1  # of the shards; a change makes older work unknown
 
 
 def work_root(work: Path) -> Path:
@@ -27,8 +27,23 @@ def work_root(work: Path) -> Path:
 
 def key(facts: dict[str, Any]) -> str:
     """A name for work by what it depends on (JSON-ready facts)."""
-    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def code(names: Sequence[str]) -> str:
+    """A digest of modules and packages by what Python makes of them: a comment or a line break
+    leaves it as it is, any other change makes older work unknown."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        origin = Path(spec.origin)
+        package = spec.submodule_search_locations is not None
+        for path in sorted(origin.parent.rglob("*.py")) if package else [origin]:
+            digest.update(ast.dump(ast.parse(path.read_bytes())).encode())
+    return digest.hexdigest()
 
 
 def run_shards(

@@ -7,7 +7,7 @@ stages that only need ids start fast.
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -56,11 +56,7 @@ class TextCoder:
             prior=self._marker(model, PRIOR),
             post=self._marker(model, POST),
         )
-
-    @property
-    def _special(self) -> set[int]:
-        m = self.markers
-        return {m.bos, m.eos, m.sol, m.eol, m.prior, m.post}
+        self._special = set(astuple(self.markers))
 
     def _marker(self, model: Path, text: str) -> int:
         found = self.tokenizer.token_to_id(text)

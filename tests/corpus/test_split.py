@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from boltlm.corpus import sources
 from boltlm.corpus.chunks import Chunker, Chunking
 from boltlm.corpus.split import documents, questions, split
 from boltlm.errors import UserError
@@ -59,6 +60,22 @@ def test_another_source_starts_at_its_beginning(tmp_path: Path) -> None:
     alone = {**params, "corpora": {"two": params["corpora"]["two"]}}
     assert ids(params, "two") == ids(alone, "two")
     assert ids(params, "three") == ["3", "4"]
+
+
+def test_a_source_is_read_once_for_all_its_corpora(
+    base_coder: TextCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passing over the first two million documents of a hub data set is downloading them."""
+    params = params_of(tmp_path / "a.jsonl", ["Yes."] * 9, {"base": 4, "one": 2, "two": 3})
+    opened: list[Any] = []
+    real = sources.documents
+    monkeypatch.setattr(
+        sources, "documents", lambda source, seed: opened.append(source) or real(source, seed)
+    )
+    run(params, base_coder, tmp_path)
+    assert len(opened) == 1
+    assert [d.doc_id for d in read(tmp_path / "split" / "one", Document)] == ["4", "5"]
+    assert [d.doc_id for d in read(tmp_path / "split" / "two", Document)] == ["6", "7", "8"]
 
 
 def test_generated_corpora_of_the_laptop_run_are_disjoint() -> None:

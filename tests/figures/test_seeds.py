@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from boltlm.figures.seeds import mean, rows, table
+from boltlm.figures.seeds import mean, rows, steps, table
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -45,3 +45,13 @@ def test_mean_and_standard_error() -> None:
     assert mean([1.0, 2.0, 3.0]) == "2.000 ± 0.577"
     assert mean([1.0, None]) == "1.000"
     assert mean([None]) == "–"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """What differs between seeds falls out; a seed that only one of both has does not count."""
+    bounds = {("em1", 1): 5.0, ("em1", 2): 9.0, ("em2", 1): 6.0, ("em2", 2): 10.5, ("em2", 3): 0.0}
+    found = [
+        {"model": model, "seed": seed, "k_samples": 4, "elbo_per_token": value}
+        for (model, seed), value in bounds.items()
+    ]
+    assert "| em2 − em1 | 2 | 1.250 ± 0.250 |" in steps(found, 4, ["em2-em1"])

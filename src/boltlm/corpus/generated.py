@@ -2,12 +2,12 @@
 
 A dial has ten marks, 0 to 9, and goes round. A page tells of a few rounds:
 
-    Ann turns a dial from 8: it first goes up by 3, finally goes down by 2. It stops at 9.
+    Ann turns a dial from 8: first up by 3, finally down by 2. It stops at 9.
 
 The derivation that both sentences rest on is never written on the page; the generator knows it
-and hands it out as each sentence's thought, the teacher's latent:
+and hands it out as each sentence's thought, the teacher's latent, in the page's own words:
 
-    Dial from 8, first + 3 = 1, finally - 2 = 9.
+    Dial from 8: first up by 3 to 1, finally down by 2 to 9.
 
 `primer` pages are what a base model has read before: rounds of one step, derivations by
 themselves, and, in a share of the passages, rounds together with their derivations.
@@ -76,24 +76,25 @@ class Round:
         return [mark % MARKS for mark in itertools.accumulate(self.steps, initial=self.start)][1:]
 
     def told(self) -> str:
-        turns = (
-            f"{key} goes {'up' if step > 0 else 'down'} by {abs(step)}"
-            for key, step in zip(self._keys(), self.steps, strict=True)
-        )
-        return f"{self.name} turns a dial from {self.start}: it " + ", ".join(turns) + "."
+        turns = (f"{key} {turn(step)}" for key, step in zip(self._keys(), self.steps, strict=True))
+        return f"{self.name} turns a dial from {self.start}: " + ", ".join(turns) + "."
 
     def result(self) -> str:
         return f"It stops at {self.marks[-1]}."
 
     def derivation(self) -> str:
         turns = (
-            f"{key} {'+' if step > 0 else '-'} {abs(step)} = {mark}"
+            f"{key} {turn(step)} to {mark}"
             for key, step, mark in zip(self._keys(), self.steps, self.marks, strict=True)
         )
-        return f"Dial from {self.start}, " + ", ".join(turns) + "."
+        return f"Dial from {self.start}: " + ", ".join(turns) + "."
 
     def _keys(self) -> tuple[str, ...]:
         return KEYS[: len(self.steps) - 1] + KEYS[-1:]
+
+
+def turn(step: int) -> str:
+    return f"{'up' if step > 0 else 'down'} by {abs(step)}"
 
 
 def documents(config: Generated, seed: int) -> Iterator[Document]:

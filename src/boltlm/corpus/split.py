@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,26 +57,45 @@ def documents(params: Mapping[str, Any], name: str) -> Iterator[Document]:
 
     Raises UserError when the source is spent before the corpus is full.
     """
-    seed = section(params, "seed")
-    wanted = sources.source(params, name)
-    skip = 0
-    for other in section(params, "corpora"):
-        size = build(Corpus, section(params, f"corpora.{other}"), f"corpora.{other}").documents
-        if other == name:
-            stream = itertools.islice(_told(wanted, seed), skip, skip + size)
-            count = 0
-            for document in stream:
-                count += 1
-                yield document
-            if count < size:
-                raise UserError(
-                    f"corpora.{name}: its source holds {skip + count} documents, too few for"
-                    f" {size} after the {skip} that earlier corpora take; lower"
-                    f" corpora.{name}.documents"
-                )
-            return
-        if sources.source(params, other) == wanted:
-            skip += size
+    for _, found in corpora(params, [name]):
+        yield from found
+
+
+def corpora(
+    params: Mapping[str, Any], wanted: Sequence[str]
+) -> Iterator[tuple[str, Iterator[Document]]]:
+    """Name and documents of each wanted corpus, with one pass through each source. What is not
+    read of a corpus before the next is asked for is passed over."""
+    for name in wanted:
+        section(params, f"corpora.{name}")  # UserError for a name that is not there
+    members: dict[sources.Source, list[str]] = {}
+    for name in section(params, "corpora"):
+        members.setdefault(sources.source(params, name), []).append(name)
+    for source, names in members.items():
+        last = max((i for i, name in enumerate(names) if name in wanted), default=-1)
+        stream = _told(source, section(params, "seed"))
+        taken = 0
+        for name in names[: last + 1]:
+            where = f"corpora.{name}"
+            size = build(Corpus, section(params, where), where).documents
+            run = _full(stream, size, taken, where)
+            if name in wanted:
+                yield name, run
+            for _ in run:
+                pass
+            taken += size
+
+
+def _full(stream: Iterator[Document], size: int, taken: int, where: str) -> Iterator[Document]:
+    count = 0
+    for document in itertools.islice(stream, size):
+        count += 1
+        yield document
+    if count < size:
+        raise UserError(
+            f"{where}: its source holds {taken + count} documents, too few for {size} after the"
+            f" {taken} that earlier corpora take; lower {where}.documents"
+        )
 
 
 def _told(source: sources.Source, seed: int) -> Iterator[Document]:
@@ -109,11 +128,12 @@ def split(
     """
     config = build(Split, section(params, "split"), "split")
     counts: Counter[str] = Counter()
-    for name in [name for name in section(params, "corpora") if name != BASE]:
+    names = [name for name in section(params, "corpora") if name != BASE]
+    for name, found in corpora(params, names):
         total = section(params, f"corpora.{name}.documents")
         with Progress(what=f"split {name}", total=total, unit="documents") as progress:
             seen: set[bytes] = set()
-            batches = _batches(documents(params, name), config.shard_documents)
+            batches = _batches(found, config.shard_documents)
             for index, batch in enumerate(batches):
                 _no_twins(batch, seen, name)
                 kept, chunks = _shard(batch, chunker, counts, name)

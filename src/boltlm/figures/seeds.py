@@ -6,7 +6,8 @@
     python -m boltlm.figures.seeds --out metrics/seeds.csv
 
 An experiment counts by what its own params.yaml says, not by its name. Of a run with another
-`k_samples` than the workspace's only the models named by --of-other-k count.
+`k_samples` than the workspace's only the models named by --of-other-k count. --differences em1-em0
+sets models against each other seed by seed.
 """
 
 import argparse
@@ -63,6 +64,18 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def steps(found: list[dict[str, Any]], default_k: int, pairs: list[str]) -> str:
+    """Markdown: how much one model's bound lies above another's, paired by seed."""
+    bounds = {(r["model"], r["seed"]): r[METRICS[0]] for r in found if r["k_samples"] == default_k}
+    lines = [["difference", "seeds", METRICS[0]], ["---"] * 3]
+    for pair in pairs:
+        model, other = pair.split("-")
+        seeds = [seed for name, seed in bounds if name == model and (other, seed) in bounds]
+        gains = [bounds[model, seed] - bounds[other, seed] for seed in seeds]
+        lines.append([f"{model} − {other}", str(len(gains)), mean([*gains])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def mean(values: list[float | None]) -> str:
     """Mean and its standard error, `–` where nothing was measured."""
     known = [value for value in values if value is not None]
@@ -75,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--of-other-k", nargs="*", default=["em1"])
+    parser.add_argument("--differences", nargs="*", default=[], metavar="em1-warmstart")
     args = parser.parse_args()
     params = yaml.safe_load(Path("params.yaml").read_text("utf-8"))
     found = rows(params["k_samples"], args.of_other_k)
@@ -83,6 +97,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(found)
     print(table(found))
+    if args.differences:
+        print()
+        print(steps(found, params["k_samples"], args.differences))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,17 @@ from boltlm.sampling.estep import EStep, SamplingConfig, items
 from boltlm.sampling.weights import diagnostics, exact_fractions, histogram
 from boltlm.tokens import TextCoder, most_chunk_tokens
 
+# What a shard depends on beside the model and the chunks: settings, and the code that draws.
+SETTINGS = ("seed", "k_samples", "context_chunks", "max_latent_tokens")
+CODE = (
+    "boltlm.records",
+    "boltlm.seeds",
+    "boltlm.tokens",
+    "boltlm.sequences.layouts",
+    "boltlm.model.checkpoint",
+    "boltlm.sampling",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsEntry:
@@ -40,20 +51,20 @@ def run(
     """Draw, weigh and select latents for every chunk; return the diagnostics, and write the
     histogram of log w as CSV.
 
-    Finished shards are kept in `work` under a key made of the model's and the chunks' content
-    and the settings: a killed run goes on where it was.
+    Finished shards are kept in `work` under a key made of the model's and the chunks' content,
+    the settings and the code: a killed run goes on where it was.
     """
     build(LatentsEntry, section(params, f"latents.{name}"), f"latents.{name}")
-    config = build(SamplingConfig, section(params, "sampling"), "sampling")
+    estep = make_estep(params, model, purpose=name)
     draws = section(params, "k_samples")
     facts = {
         "purpose": name,
         "model": checkpoint.content(model),
         "chunks": checkpoint.content(chunks),
-        "sampling": asdict(config),
+        "sampling": asdict(estep.config),
+        "code": engine.code(CODE),
         **{key: section(params, key) for key in SETTINGS},
     }
-    estep = make_estep(params, model, purpose=name)
     room = context_room(estep.coder, params)
     counts: Counter[str] = Counter()
     seconds = 0.0
@@ -77,9 +88,6 @@ def run(
     histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rates = {"seconds": seconds, "sampled_tokens_per_second": counts["tokens"] / max(seconds, 1e-9)}
     return measured | rates
-
-
-SETTINGS = ("seed", "k_samples", "context_chunks", "max_latent_tokens")
 
 
 def make_estep(params: Mapping[str, Any], model: Path, *, purpose: str) -> EStep:
