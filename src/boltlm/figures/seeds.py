@@ -65,8 +65,13 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def steps(found: list[dict[str, Any]], default_k: int, pairs: list[str]) -> str:
-    """Markdown: how much one model's bound lies above another's, paired by seed."""
-    bounds = {(r["model"], r["seed"]): r[METRICS[0]] for r in found if r["k_samples"] == default_k}
+    """Markdown: how much one model's bound lies above another's, paired by seed. A raw model's
+    likelihood is known itself and stands for its bound."""
+    bounds = {
+        (r["model"], r["seed"]): -r["nll_per_token"] if r[METRICS[0]] is None else r[METRICS[0]]
+        for r in found
+        if r["k_samples"] == default_k
+    }
     lines = [["difference", "seeds", METRICS[0]], ["---"] * 3]
     for pair in pairs:
         model, other = pair.split("-")
