@@ -1,6 +1,7 @@
 """The rows that a teacher leaves: a latent or a text, or the reason why there is none."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Protocol
 
 from boltlm.latents.asking import Standing
@@ -23,6 +24,12 @@ def count(rows: list[TeacherLatent] | list[Paraphrase], counts: Counter[str]) ->
         elif isinstance(row, TeacherLatent):
             counts["latents"] += 1
             counts["latent_tokens"] += len(row.tokens or ())
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """How many have no answer, by reason, for people."""
+    named = {name.removeprefix("without_"): n for name, n in counts.items() if "without_" in name}
+    return ", ".join(f"{n} {reason}" for reason, n in named.items())
 
 
 def row(

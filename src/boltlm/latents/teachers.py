@@ -15,7 +15,7 @@ from boltlm.errors import UserError
 from boltlm.latents import dataset
 from boltlm.latents.asking import Asked
 from boltlm.latents.journal import Journal
-from boltlm.latents.tables import Encoder, count, row
+from boltlm.latents.tables import Encoder, count, reasons, row
 from boltlm.latents.tasks import Asker
 from boltlm.latents.work import Work
 from boltlm.params import build, section
@@ -80,7 +80,10 @@ def write(
             count(rows, counts)
             write_shard(out / path.name, TeacherLatent, rows)
         if counts["latents"] == 0:
-            raise UserError(f"teachers.{name}: not one of {counts['chunks']} chunks got a latent")
+            raise UserError(
+                f"teachers.{name}: not one of {counts['chunks']} chunks got a latent"
+                f" ({reasons(counts)}; max_latent_tokens is {limit})"
+            )
         return dict(counts)
     asker = Asker(
         task=config.task,

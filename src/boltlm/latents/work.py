@@ -12,7 +12,7 @@ from boltlm.errors import UserError
 from boltlm.latents.asking import Asked, Book, Kind, Paid
 from boltlm.latents.journal import Journal
 from boltlm.latents.money import Purse
-from boltlm.latents.tables import Encoder, count, latent_row, paraphrase_row
+from boltlm.latents.tables import Encoder, count, latent_row, paraphrase_row, reasons
 from boltlm.latents.tasks import Asker, Request
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Paraphrase, TeacherLatent, read_shard, write_shard
@@ -161,13 +161,11 @@ class Work:
     def _enough(self, counts: Counter[str], rejected: dict[str, str]) -> None:
         """Raises UserError where more requests failed than max_failed_fraction allows."""
         total = counts["chunks"] + counts["paraphrases"]
-        reasons = {name: n for name, n in counts.items() if name.startswith("without_")}
-        failed = sum(reasons.values())
+        failed = sum(n for name, n in counts.items() if name.startswith("without_"))
         if failed > self.config.max_failed_fraction * total:
-            listed = ", ".join(f"{n} {name[len('without_') :]}" for name, n in reasons.items())
             why = f" (one of them: {next(iter(rejected.values()))})" if rejected else ""
             raise UserError(
-                f"{self.where}: {failed} of {total} have no usable answer: {listed}{why}; more"
+                f"{self.where}: {failed} of {total} have no usable answer: {reasons(counts)}{why}; more"
                 f" than max_failed_fraction {self.config.max_failed_fraction} allows. The answers"
                 " are in the journal: raise it, or attempts, or mend the cause, and run again"
             )
