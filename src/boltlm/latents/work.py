@@ -166,8 +166,8 @@ class Work:
             why = f" (one of them: {next(iter(rejected.values()))})" if rejected else ""
             raise UserError(
                 f"{self.where}: {failed} of {total} have no usable answer: {reasons(counts)}{why};"
-                f" more than max_failed_fraction {self.config.max_failed_fraction} allows. The answers"
-                " are in the journal: raise it, or attempts, or mend the cause, and run again"
+                f" more than max_failed_fraction {self.config.max_failed_fraction} allows. The"
+                " answers are in the journal: raise it or attempts, or mend the cause, and go on"
             )
 
 
