@@ -2,12 +2,17 @@
 
     python stages/teacher.py --params params.yaml --name warmstart --base models/base \
         --split data/split/warmstart --chunks data/chunks/warmstart \
-        --out data/teacher/warmstart --metrics metrics/teacher/warmstart.json
+        --journal journal/answers.sqlite --out data/teacher/warmstart \
+        --metrics metrics/teacher/warmstart.json
+
+The journal keeps every answer of a teacher that is asked; it lies in the real repository also when
+DVC runs a queued experiment in a copy.
 """
 
 import argparse
 from pathlib import Path
 
+from boltlm.engine import work_root
 from boltlm.errors import stage
 from boltlm.latents.teachers import write
 from boltlm.params import load
@@ -18,7 +23,7 @@ from boltlm.tokens import TextCoder
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--base", "--split", "--chunks", "--out", "--metrics"):
+    for flag in ("--params", "--base", "--split", "--chunks", "--journal", "--out", "--metrics"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
@@ -32,6 +37,7 @@ def main() -> None:
         split=args.split,
         chunks=args.chunks,
         out=args.out,
+        journal=work_root(args.journal),
     )
     write_json(args.metrics, counts)
 

@@ -31,6 +31,16 @@ def key(facts: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def content(folder: Path) -> str:
+    """A digest of a folder's files: the name under which work done with them is remembered."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def code(names: Sequence[str]) -> str:
     """A digest of modules and packages by what Python makes of them: a comment or a line break
     leaves it as it is, any other change makes older work unknown."""

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far a long step is: a bar on a terminal, a plain line now and then elsewhere, ever rarer."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES, MOST_OFTEN = 10.0, 0.1  # seconds, and share of the time so far
 
 
 def track(items: Iterable[T], *, what: str, total: int | None, unit: str) -> Iterator[T]:
@@ -37,6 +37,12 @@ class Progress:
         else:
             self._line()
 
+    def expect(self, total: int) -> None:
+        """The total, where it is known only now."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.reset(total)
+
     def note(self, text: str) -> None:
         self.text = text
         if self.bar is not None:
@@ -46,8 +52,11 @@ class Progress:
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
-        elif time.monotonic() - self.told >= SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self.told >= self._pause():
             self._line()
+
+    def _pause(self) -> float:
+        return max(SECONDS_BETWEEN_LINES, MOST_OFTEN * (self.told - self.started))
 
     def _line(self) -> None:
         self.told = time.monotonic()

@@ -101,6 +101,26 @@ class TeacherLatent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paraphrase:
+    """A document retold by a teacher. `reason` is null, or says why there is no text."""
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        {
+            "doc_id": pa.string(),
+            "paraphrase": pa.int32(),
+            "style": pa.string(),
+            "text": pa.string(),
+            "reason": pa.string(),
+        }
+    )
+    doc_id: str
+    paraphrase: int
+    style: str
+    text: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One of the K latents drawn for a chunk; `tokens` without EoL, log-probabilities in nats."""
 

@@ -207,3 +207,8 @@ def test_documents_are_their_chunks_joined() -> None:
         for doc, n, tokens in (("a", 0, (1, 2)), ("a", 1, (3,)), ("b", 0, (4,)))
     ]
     assert documents_of(chunks) == [[1, 2, 3], [4]]
+
+
+def test_a_bound_of_nothing_is_not_a_number() -> None:
+    """Where every draw of every chunk failed there is no bound, and no warning either."""
+    assert np.isnan(ratio(np.zeros(3), np.zeros(3))).all()

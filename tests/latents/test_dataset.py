@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from boltlm.corpus.chunks import sentences
 from boltlm.errors import UserError
-from boltlm.latents import teachers
+from boltlm.latents import tables, teachers
 from boltlm.latents.dataset import NO_LATENT, chunk_latents, references
 from boltlm.records import Chunk, Document, TeacherLatent, read, write_shard
 from boltlm.tokens import TextCoder
@@ -95,8 +95,8 @@ PARAMS: dict[str, Any] = {
 }
 
 
-def tables(folder: Path, shards: list[list[tuple[Document, list[Chunk]]]]) -> dict[str, Path]:
-    paths = {name: folder / name for name in ("split", "chunks", "out")}
+def written(folder: Path, shards: list[list[tuple[Document, list[Chunk]]]]) -> dict[str, Path]:
+    paths = {name: folder / name for name in ("split", "chunks", "out", "journal")}
     for index, shard in enumerate(shards):
         name = f"{index:05d}.parquet"
         write_shard(paths["split"] / name, Document, [document for document, _ in shard])
@@ -110,7 +110,7 @@ def test_the_teacher_writes_a_row_a_chunk_and_counts(base_coder: TextCoder, tmp_
     second = page(doc_id="d1", thoughts=None, latent="why it is")
     third = page(doc_id="d2", thoughts=("x" * 40, "", "t3", ""))
     cut = [chunks(TEXT, edges, f"d{i}") for i, edges in enumerate(([23], [10, 23], [10, 23]))]
-    paths = tables(tmp_path, [[(first, cut[0]), (second, cut[1])], [(third, cut[2])]])
+    paths = written(tmp_path, [[(first, cut[0]), (second, cut[1])], [(third, cut[2])]])
     counts = teachers.write(PARAMS, "own", base_coder, **paths)
     rows = list(read(paths["out"], TeacherLatent))
     assert [(row.doc_id, row.chunk, row.latent, row.reason) for row in rows] == [
@@ -119,7 +119,7 @@ def test_the_teacher_writes_a_row_a_chunk_and_counts(base_coder: TextCoder, tmp_
         ("d1", 0, None, NO_LATENT),
         ("d1", 1, None, NO_LATENT),
         ("d1", 2, "why it is", None),
-        ("d2", 0, None, teachers.TOO_LONG),
+        ("d2", 0, None, tables.TOO_LONG),
         ("d2", 1, None, NO_LATENT),
         ("d2", 2, "t3", None),
     ]
@@ -131,7 +131,7 @@ def test_the_teacher_writes_a_row_a_chunk_and_counts(base_coder: TextCoder, tmp_
         "latents": 4,
         "latent_tokens": sum(len(row.tokens or ()) for row in rows),
         f"without_{NO_LATENT}": 3,
-        f"without_{teachers.TOO_LONG}": 1,
+        f"without_{tables.TOO_LONG}": 1,
     }
     assert [path.name for path in sorted(paths["out"].iterdir())] == [
         "00000.parquet",
@@ -144,7 +144,7 @@ def test_the_longest_latent_that_fits_is_kept(base_coder: TextCoder, tmp_path: P
     latent = "z" * 12
     assert len(base_coder.encode(latent)) == 12
     found = page(thoughts=None, latent=latent)
-    paths = tables(tmp_path, [[(found, chunks(TEXT, []))]])
+    paths = written(tmp_path, [[(found, chunks(TEXT, []))]])
     assert teachers.write(PARAMS, "own", base_coder, **paths)["latents"] == 1
 
 
@@ -153,7 +153,7 @@ def test_a_teacher_without_a_single_latent_is_an_error(
 ) -> None:
     """Training on latents of which there are none would quietly be raw training."""
     found = page(thoughts=("", "", "", ""))
-    paths = tables(tmp_path, [[(found, chunks(TEXT, [10, 23]))]])
+    paths = written(tmp_path, [[(found, chunks(TEXT, [10, 23]))]])
     with pytest.raises(UserError, match=r"teachers\.own.*3 chunks"):
         teachers.write(PARAMS, "own", base_coder, **paths)
 
@@ -161,7 +161,7 @@ def test_a_teacher_without_a_single_latent_is_an_error(
 def test_an_unknown_kind_of_teacher_is_named(base_coder: TextCoder, tmp_path: Path) -> None:
     """The section is checked before any shard is read."""
     params = {**PARAMS, "teachers": {"own": {"kind": "oracle", "corpus": "em"}}}
-    paths = {name: tmp_path / name for name in ("split", "chunks", "out")}
+    paths = {name: tmp_path / name for name in ("split", "chunks", "out", "journal")}
     with pytest.raises(UserError, match=r"teachers\.own\.kind.*'oracle'"):
         teachers.write(params, "own", base_coder, **paths)
 
@@ -171,7 +171,7 @@ def test_references_are_what_the_data_carries(tmp_path: Path) -> None:
     silent = page(doc_id="d1", thoughts=None)
     shard = [(page(doc_id="d0"), chunks(TEXT, [23], "d0")), (silent, chunks(TEXT, [9], "d1"))]
     latent = page(doc_id="d2", thoughts=None, latent="because")
-    paths = tables(tmp_path, [shard, [(latent, chunks(TEXT, [9], "d2"))]])
+    paths = written(tmp_path, [shard, [(latent, chunks(TEXT, [9], "d2"))]])
     assert references(paths["split"], paths["chunks"]) == {
         ("d0", 0): "t1 t2",
         ("d0", 1): "t3 t4",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from boltlm import engine
 from boltlm.errors import UserError
 from boltlm.model import base, checkpoint
 from boltlm.params import load
@@ -135,14 +136,14 @@ def test_content_names_a_folder_by_what_is_in_it(base_folder: Path, tmp_path: Pa
     model = checkpoint.load(base_folder)
     for folder in ("a", "b"):
         checkpoint.save(model, tmp_path / folder, base_folder, {})
-    first = checkpoint.content(tmp_path / "a")
-    assert checkpoint.content(tmp_path / "b") == first
+    first = engine.content(tmp_path / "a")
+    assert engine.content(tmp_path / "b") == first
     (tmp_path / "b" / "training.json").rename(tmp_path / "b" / "renamed.json")
-    assert checkpoint.content(tmp_path / "b") != first
+    assert engine.content(tmp_path / "b") != first
     with torch.no_grad():
         next(model.parameters()).flatten()[0].add_(1e-3)
     checkpoint.save(model, tmp_path / "a", base_folder, {})
-    assert checkpoint.content(tmp_path / "a") != first
+    assert engine.content(tmp_path / "a") != first
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_a_base_model_is_pretrained_on_its_corpus(tmp_path: Path) -> None:
     lines = (tmp_path / "one.csv").read_text("utf-8").splitlines()[1:]
     losses = [float(line.split(",")[2]) for line in lines]
     assert losses[-1] < losses[0] - 0.3
-    assert checkpoint.content(tmp_path / "one") == checkpoint.content(tmp_path / "two")
+    assert engine.content(tmp_path / "one") == engine.content(tmp_path / "two")
     assert TextCoder(tmp_path / "one").window == 128
 
 

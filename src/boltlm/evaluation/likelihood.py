@@ -12,7 +12,10 @@ from boltlm.tokens import Markers
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """Σ above / Σ below over documents, and its standard error by the delta method."""
+    """Σ above / Σ below over documents, and its standard error by the delta method; NaN where
+    there is nothing to divide by."""
+    if below.sum() == 0:
+        return float("nan"), float("nan")
     value = above.sum() / below.sum()
     count = len(above)
     if count < 2:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from boltlm.corpus.chunks import encodable
 from boltlm.corpus.split import documents
@@ -96,6 +97,7 @@ def create(config: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int) -> P
 
 def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer by path or hub name; the tokenizer no longer adds a leading space."""
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)

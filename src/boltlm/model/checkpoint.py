@@ -1,7 +1,6 @@
-"""Checkpoints in Hugging Face format: load, save, and what identifies one."""
+"""Checkpoints in Hugging Face format: load and save."""
 
 import ctypes
-import hashlib
 import json
 import shutil
 import sys
@@ -50,13 +49,3 @@ def save(model: PreTrainedModel, folder: Path, tokenizer_from: Path, facts: dict
                 shutil.copyfile(tokenizer_from / name, folder / name)
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     (folder / "training.json").write_text(text, encoding="utf-8")
-
-
-def content(folder: Path) -> str:
-    """A digest of a folder's files: the name under which work done with them is remembered."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -59,8 +59,8 @@ def run(
     draws = section(params, "k_samples")
     facts = {
         "purpose": name,
-        "model": checkpoint.content(model),
-        "chunks": checkpoint.content(chunks),
+        "model": engine.content(model),
+        "chunks": engine.content(chunks),
         "sampling": asdict(estep.config),
         "code": engine.code(CODE),
         **{key: section(params, key) for key in SETTINGS},
