@@ -127,7 +127,7 @@ def test_params_resolve(path: Path) -> None:
     """Every entry is built by the dataclass that reads it and points at entries that exist."""
     from boltlm.corpus.sources import source
     from boltlm.corpus.split import Corpus
-    from boltlm.latents.teachers import DatasetTeacher
+    from boltlm.latents.teachers import teacher
     from boltlm.model.runs import ModelEntry
     from boltlm.model.training import TrainConfig
     from boltlm.params import build, section
@@ -137,8 +137,8 @@ def test_params_resolve(path: Path) -> None:
     for name, values in params["corpora"].items():
         build(Corpus, values, f"corpora.{name}")
         source(params, name)
-    for name, values in params["teachers"].items():
-        assert build(DatasetTeacher, values, f"teachers.{name}").corpus in params["corpora"]
+    for name in params["teachers"]:
+        assert teacher(params, name).corpus in params["corpora"]
     for name, values in params["latents"].items():
         entry = build(LatentsEntry, values, f"latents.{name}")
         assert entry.model in params["models"]
