@@ -1,6 +1,6 @@
 """Shards of work: kept when a run dies, made again when damaged, published whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,9 +29,15 @@ class Work:
 def run(
     tmp_path: Path, compute: Callable[[str, Path], None], names: list[str] = NAMES
 ) -> list[str]:
-    return engine.run_shards(
-        names, compute, work=tmp_path / "work", out=tmp_path / "out", what="tests"
-    )
+    work = tmp_path / "work"
+
+    def make(left: list[str]) -> Iterator[str]:
+        for name in left:
+            compute(name, work / name)
+            engine.seal(work / name)
+            yield name
+
+    return engine.run_shards(names, make, work=work, out=tmp_path / "out", what="tests")
 
 
 def published(tmp_path: Path) -> dict[str, str]:

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from boltlm.corpus import generated, sources
 from boltlm.model.schedules import Schedule
 from boltlm.model.training import TrainConfig
-from boltlm.params import load
+from boltlm.params import build, load
+from boltlm.sampling.estep import SamplingConfig
 from boltlm.tokens import EOL, MARKERS, POST, PRIOR, SOL, Markers, TextCoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,12 @@ def train_config(**changes: Any) -> TrainConfig:
         "log_every": 1,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def sampling_config(**changes: Any) -> SamplingConfig:
+    """The section `sampling` of params.yaml, with `changes`."""
+    values = load(ROOT / "params.yaml")["sampling"] | changes
+    return build(SamplingConfig, values, "sampling")
 
 
 def pages(**changes: Any) -> generated.Generated:

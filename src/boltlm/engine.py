@@ -12,11 +12,13 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from boltlm.progress import track
+from boltlm.progress import Progress
+
+T = TypeVar("T")
 
 
 def work_root(work: Path) -> Path:
@@ -58,23 +60,30 @@ def code(names: Sequence[str]) -> str:
 
 def run_shards(
     names: Sequence[str],
-    compute: Callable[[str, Path], None],
+    make: Callable[[list[str]], Iterator[T]],
     *,
     work: Path,
     out: Path,
     what: str,
-) -> list[str]:
-    """Make every shard that is not already there, publish all into `out`, and return the names
-    of those made now. `compute(name, path)` writes one shard to `path`; a shard whose checksum
-    no longer fits is made again."""
+    workers: int = 1,
+) -> list[T]:
+    """Have every shard made that is not already whole in `work`, publish all into `out`, and
+    return what `make` yields: once for each of the shards left, when it is written there and
+    sealed. `workers` of them are under way at once."""
     left = [name for name in names if not is_whole(work / name)]
+    made: list[T] = []
     if len(left) < len(names):
         print(f"{what}: {len(names) - len(left)} of {len(names)} shards found in {work}")
-    for name in track(left, what=what, total=len(left), unit="shards"):
-        compute(name, work / name)
-        _seal(work / name)
+    if left:
+        with Progress(what=what, total=len(left), unit="shards") as progress:
+            for effort in make(left):
+                made.append(effort)
+                flying = min(workers, len(left) - len(made))
+                waiting = len(left) - len(made) - flying
+                progress.note(f"{flying} in flight, {waiting} waiting")
+                progress.advance(1)
     publish([work / name for name in names], out)
-    return left
+    return made
 
 
 def _checksum(path: Path) -> str:
@@ -82,7 +91,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(path: Path) -> None:
+def seal(path: Path) -> None:
+    """Put a finished shard's checksum beside it: from now on it counts."""
     part = path.with_name(path.name + ".sha256.part")
     part.write_text(_checksum(path), encoding="utf-8")
     part.replace(path.with_name(path.name + ".sha256"))

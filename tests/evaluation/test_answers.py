@@ -8,10 +8,10 @@ from boltlm.evaluation import answers
 from boltlm.evaluation.answers import Answer, accuracy, number, same_number
 from boltlm.model import checkpoint
 from boltlm.records import Question
-from boltlm.sampling.estep import EStep, SamplingConfig
+from boltlm.sampling.estep import EStep
 from boltlm.sequences import layouts
 from boltlm.tokens import TextCoder
-from tests import exact
+from tests import exact, tiny
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def estep(base_folder: Path) -> EStep:
     return EStep(
         checkpoint.load(base_folder),
         TextCoder(base_folder),
-        SamplingConfig(sampler="transformers", precision="float32", batch_tokens=1000),
+        tiny.sampling_config(batch_tokens=1000),
         max_latent_tokens=THOUGHT,
         seed=1,
         purpose="tests",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from boltlm.records import Sample
-from boltlm.sampling.estep import EStep, Item, SamplingConfig
+from boltlm.sampling.estep import EStep, Item
 from boltlm.sampling.samplers import Draw, Key
 from boltlm.sampling.weights import iwae
 from boltlm.sequences.layouts import Ids
@@ -35,7 +35,7 @@ def make(
     return EStep(
         enumerable.model,
         enumerable.coder,
-        SamplingConfig(sampler="transformers", precision="float32", batch_tokens=batch_tokens),
+        tiny.sampling_config(batch_tokens=batch_tokens),
         max_latent_tokens=MOST,
         seed=seed,
         purpose=purpose,
@@ -256,7 +256,10 @@ def test_results_depend_on_seed_purpose_document_and_chunk(
 class Same:
     """A sampler of equal draws, so that only the selection's own number decides."""
 
-    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
+    def sample(
+        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0
+    ) -> list[list[Draw]]:
+        assert first == 0
         assert len(keys) == len(prompts)
         return [[Draw((1,), "stop", -1.0)] * draws for _ in prompts]
 

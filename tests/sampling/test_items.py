@@ -4,7 +4,8 @@ import pytest
 
 from boltlm.errors import UserError
 from boltlm.records import Chunk
-from boltlm.sampling.estep import SamplingConfig, items
+from boltlm.sampling.estep import items
+from tests import tiny
 
 
 def test_items_have_raw_context_within_the_room() -> None:
@@ -34,4 +35,4 @@ def test_items_have_raw_context_within_the_room() -> None:
 def test_a_batch_holds_at_least_a_token() -> None:
     """Zero would read as `no limit`."""
     with pytest.raises(UserError, match="batch_tokens"):
-        SamplingConfig(sampler="transformers", precision="float32", batch_tokens=0)
+        tiny.sampling_config(batch_tokens=0)

@@ -99,11 +99,11 @@ def test_a_killed_stage_goes_on_where_it_was(
     asked: list[set[str]] = []
     real = EStep.run
 
-    def dies(self: EStep, found: Sequence[Item], draws: int) -> list[list[Sample]]:
+    def dies(self: EStep, found: Sequence[Item], draws: int, known: Any) -> list[list[Sample]]:
         asked.append({item.doc_id for item in found})
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return real(self, found, draws)
+        return real(self, found, draws, known)
 
     monkeypatch.setattr(EStep, "run", dies)
     with pytest.raises(KeyboardInterrupt):

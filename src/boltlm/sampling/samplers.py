@@ -30,20 +30,22 @@ class Draw:
 
 
 class Sampler(Protocol):
-    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
-        """`draws` samples at temperature 1 for each prompt; draw k of prompt i depends on
-        (seed, keys[i], k)."""
+    def sample(
+        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0
+    ) -> list[list[Draw]]:
+        """Draws `first`, `first` + 1, … of each prompt at temperature 1, `draws` of them; draw k of
+        prompt i depends on (seed, keys[i], k)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Ends:
+class Ends:
     """What ends a draw: the token, and what its ending is called."""
 
     finish_of: dict[int, Finish]
 
     @classmethod
-    def of_latents(cls, m: Markers) -> "_Ends":
+    def of_latents(cls, m: Markers) -> "Ends":
         special: dict[int, Finish] = dict.fromkeys(m.forbidden, "special")
         return cls({**special, m.eos: "eos", m.eol: "stop"})
 
@@ -59,30 +61,32 @@ class TransformersSampler:
     batch_tokens: int
     seed: int
     greedy: bool = False
-    ends: _Ends = field(init=False)
+    ends: Ends = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ends = _Ends.of_latents(self.markers)
+        self.ends = Ends.of_latents(self.markers)
 
-    def sample(self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int) -> list[list[Draw]]:
+    def sample(
+        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0
+    ) -> list[list[Draw]]:
         found: list[list[Draw]] = [[] for _ in prompts]
         for batch in length_batches(
             [len(p) for p in prompts], draws, self.max_latent_tokens, self.batch_tokens
         ):
-            made = self._batch([prompts[i] for i in batch], [keys[i] for i in batch], draws)
+            made = self._batch([prompts[i] for i in batch], [keys[i] for i in batch], draws, first)
             for place, index in enumerate(batch):
                 found[index] = made[place * draws : (place + 1) * draws]
         return found
 
-    def _noise(self, keys: Sequence[Key], draws: int) -> torch.Tensor:
-        steps = self.max_latent_tokens + 1
-        noise = [generator(self.seed, *key, k).random(steps) for key in keys for k in range(draws)]
+    def _noise(self, keys: Sequence[Key], draws: int, first: int) -> torch.Tensor:
+        steps, numbers = self.max_latent_tokens + 1, range(first, first + draws)
+        noise = [generator(self.seed, *key, k).random(steps) for key in keys for k in numbers]
         return torch.from_numpy(np.stack(noise))
 
     @torch.inference_mode()
-    def _batch(self, prompts: list[Ids], keys: list[Key], draws: int) -> list[Draw]:
+    def _batch(self, prompts: list[Ids], keys: list[Key], draws: int, first: int) -> list[Draw]:
         device = self.model.device
-        noise_BL = self._noise(keys, draws).to(device)
+        noise_BL = self._noise(keys, draws, first).to(device)
         logits_BV, cache, mask_BL = prefill(self.model, prompts, draws)
         tokens: list[list[int]] = [[] for _ in range(len(prompts) * draws)]
         log_q = np.zeros(len(tokens))

@@ -1,0 +1,94 @@
+"""Draws by vLLM, stock releases, on a GPU or with the CPU build."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from boltlm.errors import UserError
+from boltlm.model.checkpoint import Precision
+from boltlm.sampling.samplers import Draw, Ends, Key
+from boltlm.seeds import generator
+from boltlm.sequences.layouts import Ids
+from boltlm.tokens import Markers
+
+CPU_CACHE_GIB = "2"  # of the key–value cache where there is no GPU and nothing else is set
+
+
+class VllmSampler:
+    """Log-probabilities are vLLM's raw ones, the model's own at temperature 1. Every draw is a
+    request with a seed of its own; those of one prompt share its cached prefix. Not the same draws
+    as those of `transformers`, and the same ones again only in the same batches: the same law."""
+
+    def __init__(
+        self,
+        folder: Path,
+        markers: Markers,
+        *,
+        max_latent_tokens: int,
+        window: int,
+        precision: Precision,
+        memory_fraction: float,
+        seed: int,
+    ) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(f"sampling.sampler 'vllm' needs vllm: {error}") from error
+        self.max_latent_tokens, self.seed = max_latent_tokens, seed
+        self.ends = Ends.of_latents(markers)
+        threads = torch.get_num_threads()
+        self.model: Any = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype=precision,
+            max_model_len=window,
+            gpu_memory_utilization=memory_fraction,
+            enable_prefix_caching=True,
+            enforce_eager=not torch.cuda.is_available(),
+            disable_log_stats=True,
+            seed=seed,
+        )
+        torch.set_num_threads(threads)  # vLLM binds them for itself
+
+    def sample(
+        self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0
+    ) -> list[list[Draw]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        settings = [
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=self.max_latent_tokens + 1,
+                logprobs=0,
+                stop_token_ids=list(self.ends.finish_of),
+                ignore_eos=True,
+                detokenize=False,
+                seed=int(generator(self.seed, *key, k).integers(2**31)),
+            )
+            for key in keys
+            for k in range(first, first + draws)
+        ]
+        asked = [
+            TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts for _ in range(draws)
+        ]
+        found = [
+            self._draw(one.outputs[0])
+            for one in self.model.generate(asked, settings, use_tqdm=False)
+        ]
+        return [found[start : start + draws] for start in range(0, len(found), draws)]
+
+    def _draw(self, output: Any) -> Draw:
+        tokens = list(output.token_ids)
+        log_q = sum(
+            step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
+        )
+        end = self.ends.finish_of.get(tokens[-1])
+        # What ran to the limit drew one token more than a latent may have.
+        kept = tokens[:-1] if end is not None else tokens[: self.max_latent_tokens]
+        return Draw(tuple(kept), end or "length", float(log_q))
