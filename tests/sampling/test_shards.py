@@ -12,6 +12,7 @@ from boltlm.params import load
 from boltlm.records import Chunk, Sample, read, read_shard
 from boltlm.sampling import shards
 from boltlm.sampling.estep import EStep, Item
+from boltlm.sampling.samplers import TransformersSampler
 from boltlm.tokens import TextCoder
 from tests import tiny
 
@@ -31,8 +32,11 @@ def params() -> dict[str, Any]:
 class Stage:
     """The stage `latents` on a corpus in shards of so many documents."""
 
-    def __init__(self, folder: Path, model: Path, shard_documents: int) -> None:
+    def __init__(
+        self, folder: Path, model: Path, shard_documents: int, documents: int = DOCUMENTS
+    ) -> None:
         self.folder, self.model, self.params = folder, model, params()
+        self.params["corpora"]["em"]["documents"] = documents
         self.params["split"]["shard_documents"] = shard_documents
         lengths = Chunking(mean_sentences=1, least_sentences=1, most_sentences=2)
         chunker = Chunker(lengths, TextCoder(model), 100, seed=1)
@@ -117,9 +121,7 @@ def test_a_killed_stage_goes_on_where_it_was(
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 2}, {"k_samples": 2}, {"max_latent_tokens": 5}, {"context_chunks": 0}]
-)
+@pytest.mark.parametrize("change", [{"seed": 2}, {"max_latent_tokens": 5}, {"context_chunks": 0}])
 def test_other_settings_make_other_work(
     base_folder: Path, tmp_path: Path, change: dict[str, int]
 ) -> None:
@@ -135,3 +137,35 @@ def test_other_settings_make_other_work(
     stage.params |= {key: params()[key] for key in change}
     assert stage.run()["seconds"] == 0
     assert stage.samples()[0].log_q == first[0].log_q
+
+
+def test_another_k_takes_over_the_draws_that_are_there(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K = 5 after 3 draws two more a chunk, K = 2 none; both are what a fresh run of that K has."""
+    asked: list[tuple[int, int]] = []
+    real = TransformersSampler.sample
+
+    def spy(self: Any, prompts: Any, keys: Any, draws: int, first: int = 0) -> Any:
+        asked.append((first, draws))
+        return real(self, prompts, keys, draws, first)
+
+    monkeypatch.setattr(TransformersSampler, "sample", spy)
+    stage = Stage(tmp_path / "one", base_folder, 100)
+    stage.run()
+    three = stage.samples()
+    stage.params["k_samples"] = 5
+    stage.run()
+    five = stage.samples()
+    stage.params["k_samples"] = 2
+    stage.run()
+    two = stage.samples()
+    assert asked == [(0, 3), (3, 2)]
+    assert [(s.tokens, s.log_q) for s in five if s.sample < 3] == [
+        (s.tokens, s.log_q) for s in three
+    ]
+    for k, found in ((5, five), (2, two)):
+        fresh = Stage(tmp_path / f"fresh{k}", base_folder, 100)
+        fresh.params["k_samples"] = k
+        fresh.run()
+        assert drawn(fresh.samples()) == drawn(found)
