@@ -106,3 +106,11 @@ def chi2(observed: Sequence[float] | np.ndarray, expected: Sequence[float] | np.
         seen = np.append(seen[~rare], seen[rare].sum())
         wanted = np.append(wanted[~rare], wanted[rare].sum())
     return float(stats.chisquare(seen, wanted).pvalue)
+
+
+def same_law(counts_2B: np.ndarray) -> float:
+    """The p-value of two samples' counts under one law; rare bins are taken together."""
+    rare = counts_2B.sum(0) < 10
+    kept = np.column_stack([counts_2B[:, ~rare], counts_2B[:, rare].sum(1)])
+    kept = kept[:, kept.sum(0) > 0]
+    return float(stats.chi2_contingency(kept)[1]) if kept.shape[1] > 1 else 1.0  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from boltlm.sequences.layouts import Ids
 from boltlm.tokens import Markers
 
 CPU_CACHE_GIB = "2"  # of the key–value cache where there is no GPU and nothing else is set
+BATCHED_TOKENS = 8192  # that a step may take in
 
 
 class VllmSampler:
@@ -43,17 +44,26 @@ class VllmSampler:
         self.max_latent_tokens, self.seed = max_latent_tokens, seed
         self.ends = Ends.of_latents(markers)
         threads = torch.get_num_threads()
-        self.model: Any = LLM(
-            str(folder),
-            skip_tokenizer_init=True,
-            dtype=precision,
-            max_model_len=window,
-            gpu_memory_utilization=memory_fraction,
-            enable_prefix_caching=True,
-            enforce_eager=not torch.cuda.is_available(),
-            disable_log_stats=True,
-            seed=seed,
-        )
+        try:
+            self.model: Any = LLM(
+                str(folder),
+                skip_tokenizer_init=True,
+                dtype=precision,
+                max_model_len=window,
+                gpu_memory_utilization=memory_fraction,
+                enable_prefix_caching=True,
+                # A prompt cut over two steps takes a draw back, which seeds on a CPU cannot.
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(window, BATCHED_TOKENS),
+                enforce_eager=not torch.cuda.is_available(),
+                disable_log_stats=True,
+                seed=seed,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{folder}: vLLM does not take this model ({reason}); use sampler 'transformers'"
+            ) from error
         torch.set_num_threads(threads)  # vLLM binds them for itself
 
     def sample(
