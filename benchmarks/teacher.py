@@ -26,7 +26,7 @@ from boltlm.latents.teachers import teacher  # noqa: E402
 from tests.latents.house import House, Server  # noqa: E402
 from tests.latents.server import KEY  # noqa: E402
 
-CHUNKS_A_DOCUMENT = 2
+ROUNDS, NEW_CHUNKS = 3, 5  # a page; of its six chunks all but the first are like no other page's
 
 
 def gather(house: House, concurrency: int) -> int:
@@ -53,7 +53,8 @@ def gather(house: House, concurrency: int) -> int:
 
 def side(args: argparse.Namespace) -> None:
     """One side, in this process: its JSON line."""
-    house = House(args.folder, args.base, documents=args.requests // CHUNKS_A_DOCUMENT)
+    documents = args.requests // NEW_CHUNKS
+    house = House(args.folder, args.base, documents=documents, rounds=ROUNDS)
     changes = {"concurrency": args.concurrency, "max_cost_usd": 1e6}
     house.teach("openai", None, base_url=args.url, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

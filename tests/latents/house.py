@@ -113,12 +113,14 @@ class House:
     folder: Path
     base: Path
     documents: int = 16
+    rounds: int = 1
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.params = load(tiny.ROOT / "params.yaml")
         self.params["corpora"] = {"em": {"documents": self.documents, "source": {}}}
+        self.params["corpus"] |= {"least_rounds": self.rounds, "most_rounds": self.rounds}
         self.params["questions"]["count"] = 0
         self.params["split"]["shard_documents"] = -(-self.documents // 2)
         self.params["max_latent_tokens"] = 100
