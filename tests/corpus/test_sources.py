@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import sources
-from boltlm.corpus.sources import GSM8K, Columns, Files
+from boltlm.corpus.sources import GSM8K, Columns, Files, Pieces
 from boltlm.errors import UserError
 from boltlm.records import Document
 from tests import tiny
 
-COLUMNS = Columns(text="body", doc_id="key", latent="thought")
+COLUMNS = Columns(text="body", doc_id="key", latent="thought", pieces=None)
 ROWS: list[dict[str, Any]] = [
     {"body": f"Text {i}.\n\x85 é \r\nEnd\u2028", "key": f"k{i}", "thought": f"because {i}"}
     for i in range(40)
@@ -73,7 +73,7 @@ def test_files_of_every_kind_give_the_same_documents(tmp_path: Path, name: str) 
 def test_columns_may_be_absent(tmp_path: Path) -> None:
     """Without an id column a document is named after its file and place, without latent: None."""
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[:2])
-    found = files(path, Columns(text="body", doc_id=None, latent=None))
+    found = files(path, Columns(text="body", doc_id=None, latent=None, pieces=None))
     assert ids(found) == ["a.jsonl:0", "a.jsonl:1"]
     assert [document.latent for document in found] == [None, None]
 
@@ -87,7 +87,7 @@ def test_a_pattern_takes_every_file_in_order(tmp_path: Path) -> None:
 
 def test_files_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
     """Every later stage joins by doc_id: two documents of one id would be merged."""
-    columns = Columns(text="body", doc_id=None, latent=None)
+    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
     for folder in ("algebra", "calculus"):
         write_jsonl(tmp_path / folder / "train.jsonl", ROWS[:3])
     found = files(tmp_path / "*" / "train.jsonl", columns)
@@ -130,7 +130,13 @@ def test_a_small_buffer_still_shuffles_late_documents(tmp_path: Path) -> None:
 def test_a_wrong_column_is_named(tmp_path: Path, name: str, column: str) -> None:
     """The commonest mistake with a new data set: name the column, the file, and what it has."""
     path = WRITERS[name](tmp_path / name, ROWS)
-    names: dict[str, Any] = {"text": "body", "doc_id": None, "latent": None, column: "absent"}
+    names: dict[str, Any] = {
+        "text": "body",
+        "doc_id": None,
+        "latent": None,
+        "pieces": None,
+        column: "absent",
+    }
     with pytest.raises(UserError, match=rf"{name}.*'absent'.*body, key, thought"):
         files(path, Columns(**names))
 
@@ -167,7 +173,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
     """A damaged download must say which file it is, not show a traceback."""
     (tmp_path / name).write_bytes(BROKEN[name])
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
-        files(tmp_path / name, Columns(text="body", doc_id=None, latent=None))
+        files(tmp_path / name, Columns(text="body", doc_id=None, latent=None, pieces=None))
 
 
 def test_a_broken_line_is_numbered(tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ def test_a_broken_line_is_numbered(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n\n{"body": \n', encoding="utf-8")
     with pytest.raises(UserError, match="line 3"):
-        files(path, Columns(text="body", doc_id=None, latent=None))
+        files(path, Columns(text="body", doc_id=None, latent=None, pieces=None))
 
 
 def gsm8k_row(question: str, answer: str) -> dict[str, str]:
@@ -238,7 +244,7 @@ def test_the_real_gsm8k_parses() -> None:
 MAIN: dict[str, Any] = {
     "kind": "files",
     "path": "a.jsonl",
-    "columns": {"text": "body", "doc_id": None, "latent": None},
+    "columns": {"text": "body", "doc_id": None, "latent": None, "pieces": None},
     "shuffle_buffer": 0,
 }
 
@@ -253,7 +259,7 @@ def test_a_corpus_lays_its_keys_over_the_main_source() -> None:
     other = {"kind": "gsm8k", "path": None, "split": "train", "shuffle_buffer": 0}
     found = params(MAIN, same={}, moved={"path": "b.jsonl"}, other=other)
     same = sources.source(found, "same")
-    columns = Columns(text="body", doc_id=None, latent=None)
+    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
     assert same == Files(kind="files", path="a.jsonl", columns=columns, shuffle_buffer=0)
     moved = sources.source(found, "moved")
     assert moved == Files(kind="files", path="b.jsonl", columns=columns, shuffle_buffer=0)
@@ -277,9 +283,34 @@ def test_a_wrong_source_names_its_key(override: dict[str, Any], named: str) -> N
 
 def test_kinds_without_questions_say_so() -> None:
     """Plain files hold no questions; the remedy is in the message."""
-    columns = Columns(text="body", doc_id=None, latent=None)
+    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
     config = Files(kind="files", path="a.jsonl", columns=columns, shuffle_buffer=0)
     with pytest.raises(UserError, match=r"'files'.*questions\.count"):
         sources.questions(config, 1)
     made = list(itertools.islice(sources.questions(tiny.pages(), 1), 3))
     assert len(made) == 3
+
+
+CHUNKS = [
+    {"suffix": "One is. Two is.", "latent": "why one and two"},
+    {"suffix": " Three", "latent": "why three"},
+    {"suffix": " is. Four is.", "latent": None},
+]
+
+
+def test_latents_by_piece_go_to_the_sentences_that_begin_in_it(tmp_path: Path) -> None:
+    """As the authors' released data have them: a list of chunks, each with its own latent."""
+    text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
+    names = Pieces(column="chunks", text="suffix", latent="latent")
+    columns = Columns(text="text", doc_id=None, latent=None, pieces=names)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": text, "chunks": CHUNKS}) + "\n", encoding="utf-8")
+    (document,) = files(path, columns)
+    assert document.thoughts == ("why one and two", "why one and two", "why three", "")
+    for row in (
+        {"text": "Another.", "chunks": CHUNKS},
+        {"text": text, "chunks": [{"suffix": "x"}]},
+    ):
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"row 1: .*'chunks'"):
+            files(path, columns)

@@ -27,7 +27,7 @@ def params_of(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str
         "corpus": {
             "kind": "files",
             "path": str(path),
-            "columns": {"text": "text", "doc_id": "id", "latent": None},
+            "columns": {"text": "text", "doc_id": "id", "latent": None, "pieces": None},
             "shuffle_buffer": 0,
         },
         "corpora": {name: {"documents": n, "source": {}} for name, n in corpora.items()},

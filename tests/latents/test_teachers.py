@@ -161,7 +161,7 @@ def test_sigkill_at_any_moment(
     try:
         while kills < 20 and not finished:
             known = {digests[key]: slow.answered()[digests[key]] for key in one.known()}
-            finished = one.killed_after(draw.uniform(0.3, 3.2))
+            finished = one.killed_after(draw.uniform(0.5, 2.5))
             kills += not finished
             after = slow.answered()
             assert {name: after[name] for name in known} == known

@@ -1,7 +1,9 @@
 """Where documents come from: `corpus.kind` is generated, files, hub or gsm8k."""
 
+import bisect
 import glob
 import gzip
+import itertools
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
 from boltlm.corpus import generated
+from boltlm.corpus.chunks import sentences
 from boltlm.errors import UserError
 from boltlm.params import build, section
 from boltlm.records import Document, Question
@@ -24,12 +27,24 @@ GSM8K_HUB = "openai/gsm8k"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """A column that lists the pieces of the text in order, each with its own latent: `column`, and
+    the fields `text` and `latent` of an entry. The authors' released data are
+    `{column: chunks, text: suffix, latent: latent}`."""
+
+    column: str
+    text: str
+    latent: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
     """Which columns of the source hold what; null where the source has none."""
 
     text: str
     doc_id: str | None
     latent: str | None
+    pieces: Pieces | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,20 +208,45 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, A
 
 def _mapped(rows: Iterable[Mapping[str, Any]], columns: Columns, origin: str) -> Iterator[Document]:
     for index, row in enumerate(rows):
-        for column in (columns.text, columns.doc_id, columns.latent):
+        pieces = columns.pieces.column if columns.pieces else None
+        for column in (columns.text, columns.doc_id, columns.latent, pieces):
             if column is not None and column not in row:
                 raise UserError(
                     f"{origin}, row {index + 1}: no column '{column}'; it has {', '.join(row)}"
                 )
         text = row[columns.text]
+        where = f"{origin}, row {index + 1}"
         if not isinstance(text, str):
-            raise UserError(f"{origin}, row {index + 1}: column '{columns.text}' is not text")
+            raise UserError(f"{where}: column '{columns.text}' is not text")
         yield Document(
             doc_id=str(row[columns.doc_id]) if columns.doc_id else f"{origin}:{index}",
             text=text,
             source=origin,
             latent=row[columns.latent] if columns.latent else None,
+            thoughts=_thoughts(row, text, columns.pieces, where) if columns.pieces else None,
         )
+
+
+def _thoughts(row: Mapping[str, Any], text: str, names: Pieces, where: str) -> tuple[str, ...]:
+    """The latent of the piece in which each sentence begins, white space before it aside."""
+    try:
+        pieces = [(piece[names.text], piece[names.latent] or "") for piece in row[names.column]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{where}: column '{names.column}' does not list pieces with the fields"
+            f" '{names.text}' and '{names.latent}'"
+        ) from error
+    if "".join(piece for piece, _ in pieces) != text:
+        raise UserError(f"{where}: the pieces in '{names.column}' do not join to the text")
+    ends = list(itertools.accumulate(len(piece) for piece, _ in pieces))
+    thoughts: list[str] = []
+    start = 0
+    for sentence in sentences(text):
+        begin = start + len(sentence) - len(sentence.lstrip())
+        place = bisect.bisect_right(ends, min(begin, len(text) - 1))
+        thoughts.append(pieces[place][1])
+        start += len(sentence)
+    return tuple(thoughts)
 
 
 def _gsm8k_rows(config: GSM8K) -> Iterator[tuple[int, dict[str, Any]]]:

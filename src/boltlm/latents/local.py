@@ -39,16 +39,17 @@ class Local:
 
     def __init__(self, config: LocalTeacher) -> None:
         self.config = config
+        self.model: Any = None
 
     def ask(self, asks: Iterator[Ask], book: Book) -> int:
         first = next(asks, None)
         if first is None:
             return 0
         count = 0
-        model = self._load()
+        self.model = self.model or self._load()
         asks = itertools.chain([first], asks)
         while batch := list(itertools.islice(asks, self.config.requests_at_once)):
-            answers = self._answers(model, self._fitting(model, batch, book))
+            answers = self._answers(self._fitting(batch, book))
             book.journal.add(answers)
             for answer in answers:
                 book.note(answer)
@@ -58,42 +59,42 @@ class Local:
         return count
 
     def _load(self) -> Any:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise UserError(
-                f"teacher kind 'vllm' needs vllm, which is not here: {error}"
-            ) from error
+        """The engine; first the tokenizer, which tells in a moment whether the model will do."""
+        from transformers import AutoTokenizer
+
         name = self.config.model
         try:
-            model: Any = LLM(
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise UserError(f"teacher model '{name}' has no chat template")
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+            from vllm import LLM
+
+            return LLM(
                 name,
                 max_model_len=self.config.window,
                 gpu_memory_utilization=self.config.memory_fraction,
                 enforce_eager=not _has_gpu(),
                 disable_log_stats=True,
             )
-        except (OSError, ValueError) as error:
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(f"teacher kind 'vllm' needs vllm: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"teacher model '{self.config.model}' does not load: {reason}"
-            ) from error
-        if not model.get_tokenizer().chat_template:
-            raise UserError(f"teacher model '{self.config.model}' has no chat template")
-        return model
+            raise UserError(f"teacher model '{name}' does not load: {reason}") from error
 
-    def _fitting(self, model: Any, batch: list[Ask], book: Book) -> list[Ask]:
+    def _fitting(self, batch: list[Ask], book: Book) -> list[Ask]:
         """What leaves the window room for an answer; the rest is rejected."""
-        tokenizer = model.get_tokenizer()
         kept: list[Ask] = []
         for ask in batch:
-            prompt = tokenizer.apply_chat_template(
+            prompt = self.tokenizer.apply_chat_template(
                 list(ask.request.messages), add_generation_prompt=True, tokenize=False
             )
-            length = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            length = len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
             if length + self.config.max_output_tokens <= self.config.window:
                 kept.append(ask)
             else:
@@ -104,7 +105,7 @@ class Local:
                 )
         return kept
 
-    def _answers(self, model: Any, asks: list[Ask]) -> list[Answer]:
+    def _answers(self, asks: list[Ask]) -> list[Answer]:
         if not asks:
             return []
         from vllm import SamplingParams
@@ -119,7 +120,7 @@ class Local:
             for ask in asks
         ]
         messages = [list(ask.request.messages) for ask in asks]
-        outputs = model.chat(messages, settings, use_tqdm=False)
+        outputs = self.model.chat(messages, settings, use_tqdm=False)
         return [
             Answer(
                 key=ask.request.key,
