@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import sources
-from boltlm.corpus.sources import GSM8K, Columns, Files, Pieces
+from boltlm.corpus.sources import GSM8K, Columns, Files, Hub, Pieces
 from boltlm.errors import UserError
 from boltlm.records import Document
 from tests import tiny
@@ -314,3 +314,28 @@ def test_latents_by_piece_go_to_the_sentences_that_begin_in_it(tmp_path: Path) -
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
         with pytest.raises(UserError, match=r"row 1: .*'chunks'"):
             files(path, columns)
+
+
+def hub(name: str) -> Hub:
+    pieces = Pieces(column="chunks", text="suffix", latent="latent")
+    columns = Columns(text="text", doc_id="id", latent=None, pieces=pieces)
+    return Hub(kind="hub", name=name, config=None, split="train", columns=columns, shuffle_buffer=0)
+
+
+def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
+    """Through the real library, which takes a folder where it takes a name; rows in the form of the
+    authors' released data."""
+    text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
+    rows = [{"id": f"r{i}", "text": text, "chunks": CHUNKS} for i in range(5)]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
+    found = list(sources.documents(hub(str(tmp_path / "set")), seed=1))
+    assert [document.doc_id for document in found] == [f"r{i}" for i in range(5)]
+    assert {document.text for document in found} == {text}
+    assert found[0].thoughts == ("why one and two", "why one and two", "why three", "")
+
+
+def test_a_hub_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """One line that says which."""
+    with pytest.raises(UserError, match=r"Hugging Face data set .*absent"):
+        list(sources.documents(hub(str(tmp_path / "absent")), seed=1))
