@@ -39,7 +39,7 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
     """A chat completion; `fault` makes it one that cannot be used."""
     text = f"The passage rests on fact {digest(body)[:12]}. It follows."
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    reason = "stop"
+    reason, tier = "stop", "default"
     if fault == "empty":
         message["content"] = "  "
     elif fault == "refused":
@@ -48,6 +48,15 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         message["content"] = "I'm sorry, but I can't help with that."
     elif fault == "length":
         reason = "length"
+    elif fault == "odd":  # words that other servers use
+        reason = "eos_token"
+        tier = "on_demand"
+    elif fault == "abort":
+        reason = "abort"
+    elif fault == "surrogate":
+        message["content"] = f"{text} \ud83d"
+    elif fault == "separator":
+        message["content"] = f"{text} One\u2028two\x85three."
     elif fault == "special":
         message["content"] = f"{text} <|latent|>"
     usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
@@ -59,6 +68,7 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         "model": body["model"],
         "choices": [choice],
         "usage": usage,
+        "service_tier": tier,
     }
 
 
@@ -277,7 +287,7 @@ class Server:
             "body": completion(request["body"], fault),
         }
         found = {"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}
-        return json.dumps(found)
+        return json.dumps(found, ensure_ascii=fault != "separator")
 
     def failure(self, request: dict[str, Any], plan: str) -> str:
         line: dict[str, Any] = {"id": "b", "custom_id": request["custom_id"], "response": None}

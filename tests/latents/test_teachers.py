@@ -2,6 +2,7 @@
 
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,10 +78,10 @@ def test_another_kind_and_another_preset_use_the_same_answers(
     assert one.output() == output
 
 
-BAD = ["empty", "refused", "apology", "length", "special"]
+BAD = ["empty", "refused", "apology", "length", "special", "abort"]
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "reset", "timeout", "malformed", *BAD])
+@pytest.mark.parametrize("fault", ["429", "500", "reset", "timeout", "malformed", "odd", *BAD])
 def test_faults_of_completions_leave_no_trace(fault: str, house: MakeHouse, server: Server) -> None:
     """Whatever goes wrong on the way, the table is that of an undisturbed run, and nothing that
     was answered well is asked again."""
@@ -373,3 +374,56 @@ def test_prompts_say_what_they_must(house: MakeHouse) -> None:
         if before.doc_id == chunk.doc_id:
             assert before.text.strip() in text
         assert "$" not in text
+
+
+@pytest.mark.parametrize("kind", ["openai", "openai_batch"])
+@pytest.mark.parametrize("fault", ["surrogate", "separator"])
+def test_text_that_is_hard_to_keep_is_kept(
+    kind: str, fault: str, house: MakeHouse, server: Server
+) -> None:
+    """Half a surrogate pair is no UTF-8, a line separator no end of a JSON line; both are paid."""
+    server.fail("chat" if kind == "openai" else "batch", fault)
+    one = house().teach(kind, server)
+    one.write()
+    assert set(server.answered().values()) == {1}
+    texts = [row.latent or "" for row in read(one.paths["out"], TeacherLatent)]
+    wanted = "?" if fault == "surrogate" else "One\u2028two\x85three."
+    assert any(text.endswith(wanted) for text in texts)
+
+
+def test_a_batch_under_way_is_not_forgotten_by_another_kind(
+    house: MakeHouse, server: Server
+) -> None:
+    """Its chunks must not look as if they had an empty latent; read it, then all is there."""
+    one = house().teach("openai_batch", server, poll_seconds=60.0)
+    assert not one.killed_after(6.0)
+    one.teach("openai", server)
+    with pytest.raises(UserError, match="batch under way"):
+        one.write()
+    one.teach("openai_batch", server).write()
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_rerun_gets_past_its_hard_requests(house: MakeHouse, server: Server) -> None:
+    """What went well before counts, or thirty rejections in a row would stop every rerun."""
+    one = house(documents=60).teach("openai", server, concurrency=1, max_failed_fraction=0.5)
+    first = one.requests()
+    one.write()
+    assert len(set(server.answered())) > 60
+    one.teach("openai", server, concurrency=1, max_failed_fraction=0.5, attempts=1)
+    with sqlite3.connect(one.paths["journal"]) as db:
+        gone = [(request.key,) for request in first[:30]]
+        db.executemany("delete from answers where key = ?", gone)
+    server.fail("chat", *["400"] * 30)
+    counts = one.write()
+    assert counts["without_rejected"] >= 20
+
+
+def test_a_batch_that_the_server_does_not_know_is_named(house: MakeHouse, server: Server) -> None:
+    """Another key, another server, or too late: which batch, and how to give it up."""
+    one = house().teach("openai_batch", server, poll_seconds=60.0)
+    assert not one.killed_after(6.0)
+    with sqlite3.connect(server.state / "state.sqlite") as db:
+        db.execute("delete from batches")
+    with pytest.raises(UserError, match=r"batch batch_\d+.*delete from asked"):
+        one.write()

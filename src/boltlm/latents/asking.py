@@ -15,10 +15,12 @@ from boltlm.tokens import MARKERS
 
 # The reasons why an answer is none.
 EMPTY, REFUSED, LENGTH, SPECIAL = "empty", "refused", "cut_off", "special_token"
+UNFINISHED = "unfinished"  # ended in a way that is not a model's own end
 REJECTED = "rejected"  # the server would not take the request; nothing was paid
 _APOLOGY = re.compile(
     r"(I'm|I am|I’m) (very )?sorry\b|(Sorry|I apologi[sz]e),|I (can't|can’t|cannot) "
 )
+_OWN_END = ("stop", "eos", "eos_token", "end_turn")
 _HOPELESS = 20  # bad answers after which a run with more bad than good ones stops
 
 
@@ -98,6 +100,8 @@ def fault(answer: Answer) -> str | None:
         return LENGTH
     if answer.finish in ("refused", "content_filter"):
         return REFUSED
+    if answer.finish not in _OWN_END:
+        return UNFINISHED
     text = answer.text.strip()
     if not text:
         return EMPTY

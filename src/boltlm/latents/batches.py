@@ -11,15 +11,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 
-import httpx2
 import openai
 from openai.types import Batch as Remote
 
 from boltlm import engine
 from boltlm.errors import UserError
 from boltlm.latents.asking import Ask, Book, Paid
+from boltlm.latents.batch_files import lines, place_of
 from boltlm.latents.journal import Answer, Batch
 from boltlm.latents.online import MalformedError, answer_of, secret, told
 
@@ -199,7 +199,7 @@ class Batched:
         requests is free to be asked anew."""
         if not batch.id:
             return "landed"  # it died before its file was up
-        remote = self.client.batches.retrieve(batch.id)
+        remote = self._remote(batch, book)
         if remote.status not in ENDED:
             counts = remote.request_counts
             done = f", {counts.completed}/{counts.total} of a batch" if counts else ""
@@ -229,6 +229,17 @@ class Batched:
             )
         return "landed"
 
+    def _remote(self, batch: Batch, book: Book) -> Remote:
+        try:
+            return self.client.batches.retrieve(batch.id)
+        except openai.NotFoundError as error:
+            where = f"where token = '{batch.token}'"
+            raise UserError(
+                f"{book.where}: this server and key do not know the batch {batch.id}; use those"
+                " that it was made with. To give it up and pay for its requests again: sqlite3"
+                f' {book.journal.path} "delete from asked {where}; delete from batches {where}"'
+            ) from error
+
     def _read(
         self, remote: Remote, asked: set[tuple[str, int]]
     ) -> tuple[list[Answer], dict[str, str]]:
@@ -237,8 +248,8 @@ class Batched:
         answers: dict[tuple[str, int], Answer] = {}
         refused: dict[str, str] = {}
         for file in filter(None, (remote.output_file_id, remote.error_file_id)):
-            for line in self._lines(file):
-                place = _place(line)
+            for line in lines(self.client, file, self.config.retries):
+                place = place_of(line)
                 if place is None or place not in asked:
                     continue
                 response = line.get("response") or {}
@@ -253,30 +264,6 @@ class Batched:
                     error = body.get("error") or {}
                     refused[place[0]] = str(error.get("message") or status)[:200]
         return list(answers.values()), refused
-
-    def _lines(self, file: str) -> Iterator[dict[str, Any]]:
-        """The lines of a remote file that are JSON objects; from its start again where the
-        connection broke, so a line may come twice."""
-        for attempt in range(self.config.retries + 1):
-            try:
-                with self.client.files.with_streaming_response.content(file) as response:
-                    for line in response.iter_lines():
-                        try:
-                            found = json.loads(line)
-                        except json.JSONDecodeError:
-                            continue
-                        if isinstance(found, dict):
-                            yield found
-                return
-            except httpx2.TransportError as error:
-                if attempt == self.config.retries:
-                    raise openai.APIConnectionError(request=error.request) from error
-
-
-def _place(line: dict[str, Any]) -> tuple[str, int] | None:
-    """(key, attempt) that a line of an output or error file answers."""
-    key, _, attempt = str(line.get("custom_id")).rpartition("-")
-    return (key, int(attempt)) if attempt.isdecimal() else None
 
 
 class _Queue:

@@ -85,11 +85,27 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         """One transaction: all that is done inside is kept, or nothing."""
-        self.connection.execute("begin immediate")
+        try:
+            self.connection.execute("begin immediate")
+        except sqlite3.OperationalError as error:
+            raise self._trouble(error) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.connection.execute("rollback" if kind else "commit")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        try:
+            if kind is None:
+                self.connection.execute("commit")
+        except sqlite3.OperationalError as failed:
+            error = failed
+        if self.connection.in_transaction:
+            self.connection.execute("rollback")
+        if isinstance(error, sqlite3.OperationalError):
+            raise self._trouble(error) from error
+
+    def _trouble(self, error: sqlite3.Error) -> UserError:
+        return UserError(f"{self.path}: the journal cannot be written: {error}; then run again")
 
     def close(self) -> None:
         self.connection.close()

@@ -11,6 +11,7 @@ from boltlm import engine
 from boltlm.errors import UserError
 from boltlm.latents.asking import Ask, Asked, Book
 from boltlm.latents.journal import Answer
+from boltlm.latents.tasks import Prompt
 
 CPU_CACHE_GIB = "4"  # of vLLM's key–value cache where there is no GPU and nothing else is set
 
@@ -60,6 +61,7 @@ class Local:
 
     def _load(self) -> Any:
         """The engine; first the tokenizer, which tells in a moment whether the model will do."""
+        import jinja2
         from transformers import AutoTokenizer
 
         name = self.config.model
@@ -67,6 +69,7 @@ class Local:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             if not getattr(self.tokenizer, "chat_template", None):
                 raise UserError(f"teacher model '{name}' has no chat template")
+            self.tokenizer.apply_chat_template(Prompt.read("latent").messages(context="", chunk=""))
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -83,6 +86,8 @@ class Local:
             raise
         except ImportError as error:
             raise UserError(f"teacher kind 'vllm' needs vllm: {error}") from error
+        except jinja2.TemplateError as error:
+            raise UserError(f"teacher model '{name}': its chat template says: {error}") from error
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"teacher model '{name}' does not load: {reason}") from error

@@ -26,16 +26,20 @@ class Prices:
 @dataclass(slots=True)
 class Purse:
     """The money of one teacher. `spent` starts at what its answers in the journal cost, so the
-    limit holds over any number of crashed and repeated runs; `reserved` is what is under way."""
+    limit holds over any number of crashed and repeated runs; `reserved` is what is under way, at
+    its expected cost. Where answers are dearer than expected, the rest is expected to be so too."""
 
     limit: float
     spent: float = 0.0
     reserved: float = 0.0
+    expected: float = 0.0
+    paid: float = 0.0
 
     def take(self, expected: float) -> bool:
         """Reserve what a request or a batch is expected to cost; False where that is above the
         limit."""
-        if self.spent + self.reserved + expected > self.limit:
+        dearer = max(1.0, self.paid / self.expected) if self.expected else 1.0
+        if self.spent + (self.reserved + expected) * dearer > self.limit:
             return False
         self.reserved += expected
         return True
@@ -44,6 +48,9 @@ class Purse:
         """It is done, and cost so much."""
         self.reserved -= expected
         self.spent += cost
+        if cost:
+            self.expected += expected
+            self.paid += cost
 
     def refuse(self, where: str) -> UserError:
         return UserError(

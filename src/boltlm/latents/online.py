@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 import signal
-import sqlite3
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import openai
 from dotenv import dotenv_values
-from openai.types.chat import ChatCompletion
 
 from boltlm.engine import work_root
 from boltlm.errors import UserError
@@ -21,6 +20,7 @@ from boltlm.latents.asking import Ask, Book, Paid
 from boltlm.latents.journal import Answer, Journal
 
 KEY = "OPENAI_API_KEY"
+NOT_TAKEN = (400, 413, 422)  # what servers say to one request that they will not take
 _SECRET = re.compile(r"\bsk-[\w*.-]+")
 
 
@@ -62,29 +62,34 @@ def answer_of(
     expected_input: float = 0.0,
     batch: str = "",
 ) -> Answer:
-    """`expected_input`: tokens to count where the server tells none. Raises MalformedError where
-    the completion is not as the API describes it."""
+    """Reads no more of a completion than it needs, since compatible servers differ in the rest.
+    `expected_input`: tokens to count where the server tells none. Raises MalformedError where
+    there is no message."""
     try:
-        parsed = ChatCompletion.model_validate(
-            completion if isinstance(completion, dict) else completion.model_dump()
-        )
-        choice = parsed.choices[0]
-    except (ValueError, AttributeError, IndexError) as error:
+        body = completion if isinstance(completion, dict) else completion.model_dump()
+        choice = body["choices"][0]
+        message, usage = choice["message"], body.get("usage") or {}
+        text, refusal = message.get("content") or "", message.get("refusal")
+        tokens_in = int(usage.get("prompt_tokens") or round(expected_input))
+        tokens_out = int(usage.get("completion_tokens") or config.expected_output_tokens)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise MalformedError from error
-    usage = parsed.usage
-    tokens_in = usage.prompt_tokens if usage else round(expected_input)
-    tokens_out = usage.completion_tokens if usage else config.expected_output_tokens
     return Answer(
         key=key,
         attempt=attempt,
-        text=choice.message.content or "",
-        finish="refused" if choice.message.refusal else choice.finish_reason,
+        text=_unicode(str(text)),
+        finish="refused" if refusal else _unicode(str(choice.get("finish_reason") or "stop")),
         input_tokens=tokens_in,
         output_tokens=tokens_out,
         cost_usd=config.prices.cost(tokens_in, tokens_out, batch=bool(batch)),
-        model=parsed.model,
+        model=_unicode(str(body.get("model"))),
         batch=batch,
     )
+
+
+def _unicode(text: str) -> str:
+    """JSON can hold half a surrogate pair, a database cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def told(error: openai.OpenAIError, config: Paid) -> UserError:
@@ -120,7 +125,19 @@ class Online:
     async def _ask(self, asks: Iterator[Ask], book: Book) -> int:
         config = self.config
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, book.halt, KeyboardInterrupt())
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop() -> None:
+            """At first what is under way still comes in; when told again, at once."""
+            if book.halted is None:
+                print("finishing what is under way; once more to drop it", file=sys.stderr)
+                book.halt(KeyboardInterrupt())
+            else:
+                task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop)
         writer = _Writer(book.journal.path)
         client = openai.AsyncOpenAI(
             api_key=self.key,
@@ -156,10 +173,10 @@ class Online:
                 answer = await self._one(client, ask)
                 cost = answer.cost_usd
                 await writer.add(answer)
-            except openai.BadRequestError as error:
-                book.reject(ask.request.key, _SECRET.sub("…", error.message)[:200])
-                continue
             except openai.OpenAIError as error:
+                if getattr(error, "status_code", None) in NOT_TAKEN:
+                    book.reject(ask.request.key, _SECRET.sub("…", str(error))[:200])
+                    continue
                 book.halt(told(error, self.config))
                 break
             except UserError as error:
@@ -210,15 +227,16 @@ class _Writer:
         while self.waiting:
             batch, self.waiting = self.waiting, []
             answers = [answer for answer, _ in batch]
+            failure: BaseException | None = None
             try:
                 await loop.run_in_executor(self.thread, self.journal.add, answers)
-                for _, future in batch:
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                failure = error
+            for _, future in batch:
+                if failure is None:
                     future.set_result(None)
-            except sqlite3.Error as error:
-                for _, future in batch:
-                    future.set_exception(
-                        UserError(f"{self.journal.path}: the journal cannot be written: {error}")
-                    )
+                elif not future.done():
+                    future.set_exception(failure)
         self.flush = None
 
     def close(self) -> None:

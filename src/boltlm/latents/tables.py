@@ -36,6 +36,7 @@ def row(
     doc_id: str, chunk: int, latent: str | None, reason: str | None, encoder: Encoder, limit: int
 ) -> TeacherLatent:
     """A latent, or the reason for none; one longer than the model may write is left out."""
+    assert (latent is None) == (reason is not None), "either a latent or a reason"
     tokens = tuple(encoder.encode(latent)) if latent is not None else ()
     if len(tokens) > limit:
         reason = TOO_LONG

@@ -98,6 +98,7 @@ class Work:
                     continue
                 standing = book.standing(request.key)
                 book.purse.spent += sum(answer.cost_usd for answer in standing.made)
+                book.good += standing.answer is not None
                 if standing.attempt is None:
                     found += 1
                     continue
@@ -139,6 +140,11 @@ class Work:
                 paraphrases: list[Paraphrase] = []
                 for request in self.requests(path):
                     standing = book.standing(request.key)
+                    if standing.attempt is not None:
+                        raise UserError(
+                            f"{self.where}: requests are in a batch under way; run the teacher"
+                            " with kind openai_batch until it is read"
+                        )
                     if journal.counts(request.key):
                         counts["answers"] += len(standing.made)
                         counts["input_tokens"] += sum(a.input_tokens for a in standing.made)

@@ -17,7 +17,9 @@ from boltlm.sampling.estep import Effort, SamplingConfig
 if TYPE_CHECKING:
     from boltlm.sampling.shards import Maker, Task
 
-_maker: "Maker | None" = None  # of this worker process
+# Of this worker process.
+_task: "Task | None" = None
+_maker: "Maker | None" = None
 
 
 def run(task: "Task", left: Sequence[str], config: SamplingConfig) -> Iterator[Effort]:
@@ -39,36 +41,55 @@ def _processes(task: "Task", left: Sequence[str], config: SamplingConfig) -> Ite
     """One process a worker, each with GPUs of its own where there are any."""
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
-    for worker in range(config.workers):
-        places.put(worker)
+    for gpus in _shares(config):
+        places.put(gpus)
     workers = min(config.workers, len(left))
-    with ProcessPoolExecutor(workers, context, _begin, (task, config, places)) as pool:
-        try:
-            for done in as_completed([pool.submit(_work, shard) for shard in left]):
-                yield done.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"latents.{task.name}: a worker process died (killed, or out of memory); finished"
-                " shards are kept, run again to go on"
-            ) from error
+    pool = ProcessPoolExecutor(workers, context, _begin, (task, config.workers, places))
+    try:
+        for done in as_completed([pool.submit(_work, shard) for shard in left]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"latents.{task.name}: a worker process died (killed, or out of memory); finished"
+            " shards are kept, run again to go on"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(task: "Task", config: SamplingConfig, places: Any) -> None:
-    """Set up a worker: its GPUs and its share of the cores, before torch looks at them."""
-    global _maker
-    worker = places.get()
-    gpus = int(config.gpus_per_worker)
-    if gpus:
-        own = range(worker * gpus, (worker + 1) * gpus)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
+def _shares(config: SamplingConfig) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each worker, out of what this process may see."""
+    each = int(config.gpus_per_worker)
+    if each == 0:
+        return [""] * config.workers
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
-    _maker = _make(task)
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) < each * config.workers:
+        raise UserError(
+            f"sampling: {config.workers} workers of {each} GPUs each, but {len(gpus)} GPUs are"
+            " here; lower workers or gpus_per_worker"
+        )
+    return [",".join(gpus[each * i : each * (i + 1)]) for i in range(config.workers)]
+
+
+def _begin(task: "Task", workers: int, places: Any) -> None:
+    """Set up a worker: its GPUs and its share of the cores, before torch looks at them."""
+    global _task
+    gpus = places.get()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _task = task
 
 
 def _work(shard: str) -> Effort:
-    assert _maker is not None
+    global _maker
+    assert _task is not None
+    _maker = _maker or _make(_task)
     return _maker(shard)
 
 

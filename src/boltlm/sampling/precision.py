@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from boltlm.errors import UserError, stage
 from boltlm.params import load, section
 from boltlm.records import Chunk, Sample, read_shard, shards
 from boltlm.sampling.estep import Item, items
@@ -62,6 +63,8 @@ def errors(
         of_w += list(np.abs(exact - stored)[:, 1])
         gap = normalised(exact[:, 1]) - normalised(stored[:, 1])
         variation.append(np.abs(gap).sum() / 2)
+    if not of_w:
+        raise UserError("no draw ended with the end of a latent; raise --limit, or train the model")
     return {
         "samples": len(of_w),
         "log_q_error_max": max(of_q),
@@ -93,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stage(main)
