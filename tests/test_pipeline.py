@@ -123,7 +123,7 @@ def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
     process = subprocess.Popen(command, cwd=finished, env=ENVIRONMENT)
     work = finished / ".work" / "latents"
     deadline = time.monotonic() + 120
-    while not list(work.glob("*/*.sha256")):
+    while not list(work.glob("*/*/*.sha256")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -131,7 +131,7 @@ def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
     process.wait()
     done = {
         path: path.stat().st_mtime_ns
-        for path in work.glob("*/*.parquet")
+        for path in work.glob("*/*/*.parquet")
         if path.with_name(path.name + ".sha256").exists()
     }
     text = run(finished, *command)
