@@ -151,9 +151,12 @@ class Online:
                     self._work(client, asks, book, writer) for _ in range(config.concurrency)
                 )
                 return sum(await asyncio.gather(*workers))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
         finally:
             writer.close()
-            loop.remove_signal_handler(signal.SIGINT)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
     async def _work(
         self, client: openai.AsyncOpenAI, asks: Iterator[Ask], book: Book, writer: "_Writer"
