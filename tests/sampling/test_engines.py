@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from boltlm.errors import UserError
 from tests import tiny
@@ -91,20 +89,7 @@ def test_the_driver_is_killed_and_runs_again(
     undisturbed run."""
     stage = Stage(tmp_path, base_folder, 1, SHARDS)
     stage.params["sampling"] |= {"engine": engine}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(stage.params))
-    command = [sys.executable, str(tiny.ROOT / "stages" / "latents.py"), "--name", "em1"]
-    for flag, path in {
-        "params": "params.yaml",
-        "split": "split/em",
-        "chunks": "chunks/em",
-        "work": "work",
-        "out": "out",
-        "metrics": "m.json",
-        "histogram": "h.csv",
-    }.items():
-        command += [f"--{flag}", str(tmp_path / path)]
-    command += ["--model", str(base_folder)]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(stage.command(), start_new_session=True)
     until = time.monotonic() + PROBLEM_SECONDS
     while len(sealed(stage)) < 2:
         assert process.poll() is None

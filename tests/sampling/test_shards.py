@@ -1,10 +1,12 @@
 """The E-step over a corpus: the same samples whatever the shards, the crashes and the reruns."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from boltlm.corpus.chunks import Chunker, Chunking
 from boltlm.corpus.split import split
@@ -53,6 +55,23 @@ class Stage:
             out=self.folder / "out",
             histogram_path=self.folder / "histogram.csv",
         )
+
+    def command(self) -> list[str]:
+        """The same work as a process of its own."""
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(self.params))
+        places = {
+            "params": "params.yaml",
+            "split": "split/em",
+            "chunks": "chunks/em",
+            "work": "work",
+            "out": "out",
+            "metrics": "m.json",
+            "histogram": "h.csv",
+        }
+        command = [sys.executable, str(tiny.ROOT / "stages" / "latents.py"), "--name", "em1"]
+        for flag, place in places.items():
+            command += [f"--{flag}", str(self.folder / place)]
+        return [*command, "--model", str(self.model)]
 
     def samples(self) -> list[Sample]:
         return list(read(self.folder / "out", Sample))

@@ -3,14 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from boltlm.model import checkpoint
@@ -56,23 +54,9 @@ def stage(where: Path, model: Path, **sampling: Any) -> Stage:
 
 def run(made: Stage) -> dict[str, Any]:
     """The stage as a process of its own: vLLM does not share one with other tests."""
-    folder = made.folder
-    (folder / "params.yaml").write_text(yaml.safe_dump(made.params))
-    command = [sys.executable, str(tiny.ROOT / "stages" / "latents.py"), "--name", "em1"]
-    for flag, place in {
-        "params": "params.yaml",
-        "split": "split/em",
-        "chunks": "chunks/em",
-        "work": "work",
-        "out": "out",
-        "metrics": "m.json",
-        "histogram": "h.csv",
-    }.items():
-        command += [f"--{flag}", str(folder / place)]
-    command += ["--model", str(made.model)]
     env = {**os.environ, **VLLM, "PYTHONPATH": str(tiny.ROOT / "src")}
-    subprocess.run(command, check=True, env=env)
-    return json.loads((folder / "m.json").read_text("utf-8"))
+    subprocess.run(made.command(), check=True, env=env)
+    return json.loads((made.folder / "m.json").read_text("utf-8"))
 
 
 @pytest.mark.timeout(300)
