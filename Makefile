@@ -13,7 +13,7 @@ repro: .venv/ready
 	$(RUN) dvc repro
 
 test: .venv/ready
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n 2 --dist loadfile
 
 check: .venv/ready
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright
