@@ -71,6 +71,7 @@ class Server:
 
     state: Path
     delay: float = 0.0
+    idempotent: bool = False
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -79,6 +80,7 @@ class Server:
         script = Path(__file__).with_name("server.py")
         command = [sys.executable, str(script), "--state", str(self.state)]
         command += ["--port", str(self.port), "--delay", str(self.delay)]
+        command += ["--idempotent"] if self.idempotent else []
         self.process = subprocess.Popen(command)
         until = time.monotonic() + STOPPED_SERVER_WAIT
         while not (self.state / "port").exists():

@@ -1,9 +1,10 @@
 """A server that speaks chat completions, Files and Batches as the API's documentation has them.
 
-    python tests/latents/server.py --state DIR [--port N] [--delay SECONDS]
+    python tests/latents/server.py --state DIR [--port N] [--delay SECONDS] [--idempotent]
 
 It writes the port that it listens on to DIR/port. What it knows (files, batches, how often each
-request was answered) lies in DIR/state.sqlite, so it can be killed and started again mid-way.
+request was answered) lies in DIR/state.sqlite, so it can be killed and started again mid-way. If
+--idempotent, it honours Idempotency-Key: a name that it has answered gets that answer again.
 Its table `faults` lists, per endpoint, what goes wrong with the next requests to it; each entry
 is used up once. The answer to a request is a function of its messages.
 """
@@ -27,6 +28,7 @@ create table if not exists files (id text primary key, content blob);
 create table if not exists batches (id text primary key, facts text, polls integer, plan text);
 create table if not exists answered (digest text primary key, count integer);
 create table if not exists faults (place text, fault text);
+create table if not exists replies (name text primary key, body text);
 """
 
 
@@ -78,13 +80,14 @@ def problem(status: int, message: str, code: str | None = None, **headers: str) 
 
 
 class Server:
-    def __init__(self, state: Path, delay: float) -> None:
-        self.state, self.delay = state, delay
+    def __init__(self, state: Path, delay: float, idempotent: bool) -> None:
+        self.state, self.delay, self.idempotent = state, delay, idempotent
         self.db = sqlite3.connect(state / "state.sqlite", isolation_level=None)
         self.db.execute("pragma journal_mode = wal")
         self.db.execute("pragma synchronous = off")
         self.db.executescript(TABLES)
         self.models = {"gpt-4o-mini-2024-07-18"}
+        self.under_way: set[str] = set()  # by Idempotency-Key
 
     # What goes wrong
 
@@ -136,12 +139,24 @@ class Server:
         body = await request.json()
         if body["model"] not in self.models:
             return problem(404, "The model does not exist", "model_not_found")
+        name = request.headers.get("Idempotency-Key") if self.idempotent else None
+        if name in self.under_way:
+            return problem(409, "this request is under way")
+        known = self.db.execute("select body from replies where name = ?", (name,)).fetchone()
+        if known is not None:
+            return web.Response(text=known[0], content_type="application/json")
         fault = self.fault("chat")
         if (wrong := await self.misbehave(fault, request)) is not None:
             return wrong
+        if name is not None:
+            self.under_way.add(name)
         await asyncio.sleep(self.delay)
         self.count([body])
-        return web.json_response(completion(body, fault))
+        reply = json.dumps(completion(body, fault))
+        if name is not None:
+            self.db.execute("insert into replies values (?, ?)", (name, reply))
+            self.under_way.discard(name)
+        return web.Response(text=reply, content_type="application/json")
 
     async def upload(self, request: web.Request) -> web.StreamResponse:
         if (refused := self.allowed(request)) is not None:
@@ -302,8 +317,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0, help="before each completion")
+    parser.add_argument("--idempotent", action="store_true")
     args = parser.parse_args()
-    server = Server(args.state, args.delay)
+    server = Server(args.state, args.delay, args.idempotent)
     app = web.Application(client_max_size=300_000_000)
     app.add_routes(
         [

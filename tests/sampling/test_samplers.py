@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from boltlm.sampling.samplers import Draw, Key, TransformersSampler, length_batches
+from boltlm.sampling.cache import length_batches
+from boltlm.sampling.samplers import Draw, Key, TransformersSampler
 from boltlm.sampling.scoring import token_log_probs
 from tests import exact
 from tests.tiny import ORDINARY, Tiny
@@ -172,17 +173,17 @@ def test_greedy_is_an_argmax_loop(
 
 
 @given(
-    lengths=st.lists(st.integers(0, 30), max_size=25),
-    copies=st.integers(1, 5),
-    more=st.integers(0, 9),
+    sizes=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=25),
     batch_tokens=st.integers(1, 400),
 )
 def test_batches_hold_every_prompt_once_and_fit(
-    lengths: list[int], copies: int, more: int, batch_tokens: int
+    sizes: list[tuple[int, int]], batch_tokens: int
 ) -> None:
     """A batch beyond its budget runs out of memory; a prompt in none would have no draws."""
-    batches = length_batches(lengths, copies, more, batch_tokens)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    lengths, copies = [length for length, _ in sizes], [count for _, count in sizes]
+    batches = length_batches(lengths, copies, batch_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
     for batch in batches:
         longest = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * copies * (longest + more) <= batch_tokens
+        rows = sum(copies[index] for index in batch)
+        assert len(batch) == 1 or rows * longest <= batch_tokens

@@ -20,6 +20,7 @@ from boltlm.latents.asking import Ask, Book, Paid
 from boltlm.latents.journal import Answer, Journal
 
 KEY = "OPENAI_API_KEY"
+IDEMPOTENCY = "Idempotency-Key"
 NOT_TAKEN = (400, 413, 422)  # what servers say to one request that they will not take
 _SECRET = re.compile(r"\bsk-[\w*.-]+")
 
@@ -191,9 +192,14 @@ class Online:
         return count
 
     async def _one(self, client: openai.AsyncOpenAI, ask: Ask) -> Answer:
-        for _ in range(self.config.retries + 1):
+        """One name a request, the same after a crash too: servers that know Idempotency-Key send
+        an answer that was on its way once more instead of making, and charging, another."""
+        for number in range(self.config.retries + 1):
+            name = f"{ask.request.key}-{ask.attempt}-{number}"
             try:
-                found = await client.chat.completions.create(**self.config.body(ask.request))
+                found = await client.chat.completions.create(
+                    **self.config.body(ask.request), extra_headers={IDEMPOTENCY: name}
+                )
                 return answer_of(
                     found,
                     self.config,

@@ -1,22 +1,25 @@
 """Prompts become draws: K token sequences each, their log-probabilities, and how they ended.
 
-Shapes: B rows, L positions, V vocabulary. A row is one draw of one prompt.
+Shapes: D draws, B rows, K draws of a row, L positions, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from boltlm.sampling.cache import RoomyLayer, length_batches, prefill
 from boltlm.seeds import generator
 from boltlm.sequences.layouts import Ids
 from boltlm.tokens import Markers
 
 Finish = Literal["stop", "length", "eos", "special"]
 Key = tuple[str | int, ...]
+LIVE = 0.7  # share of a batch's rows below which those that ended are taken out
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class Ends:
 @dataclass(slots=True)
 class TransformersSampler:
     """Draws by inverting each step's distribution at a uniform number of its own, so a draw does
-    not depend on what else is in its batch. The prompt is run once for its K draws."""
+    not depend on what else is in its batch. Draws of a prompt that have said the same so far are
+    one row of the batch: the prompt is run once, and so is every beginning that draws share."""
 
     model: PreTrainedModel
     markers: Markers
@@ -70,54 +74,46 @@ class TransformersSampler:
         self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0
     ) -> list[list[Draw]]:
         found: list[list[Draw]] = [[] for _ in prompts]
-        for batch in length_batches(
-            [len(p) for p in prompts], draws, self.max_latent_tokens, self.batch_tokens
-        ):
+        lengths = [len(prompt) + self.max_latent_tokens for prompt in prompts]
+        for batch in length_batches(lengths, [draws] * len(prompts), self.batch_tokens):
             made = self._batch([prompts[i] for i in batch], [keys[i] for i in batch], draws, first)
             for place, index in enumerate(batch):
                 found[index] = made[place * draws : (place + 1) * draws]
         return found
 
-    def _noise(self, keys: Sequence[Key], draws: int, first: int) -> torch.Tensor:
+    def _noise(self, keys: Sequence[Key], draws: int, first: int) -> np.ndarray:
         steps, numbers = self.max_latent_tokens + 1, range(first, first + draws)
-        noise = [generator(self.seed, *key, k).random(steps) for key in keys for k in numbers]
-        return torch.from_numpy(np.stack(noise))
+        return np.stack(
+            [generator(self.seed, *key, k).random(steps) for key in keys for k in numbers]
+        )
 
     @torch.inference_mode()
     def _batch(self, prompts: list[Ids], keys: list[Key], draws: int, first: int) -> list[Draw]:
-        device = self.model.device
-        noise_BL = self._noise(keys, draws, first).to(device)
-        logits_BV, cache, mask_BL = prefill(self.model, prompts, draws)
-        tokens: list[list[int]] = [[] for _ in range(len(prompts) * draws)]
+        noise_DL = self._noise(keys, draws, first)
+        tokens: list[list[int]] = [[] for _ in noise_DL]
         log_q = np.zeros(len(tokens))
         finish: list[Finish] = ["length"] * len(tokens)
-        rows = np.arange(len(tokens))  # which draw a row of the batch is; -1: ended
+        logits_BV, cache, mask_BL = prefill(self.model, prompts)
+        # Which draws a row of the batch stands for; none: all of them ended.
+        rows = [list(range(i * draws, (i + 1) * draws)) for i in range(len(prompts))]
         for step in range(self.max_latent_tokens + 1):
-            logs_BV = logits_BV.float().log_softmax(-1)
-            choice_B = self._choose(logs_BV, noise_BL[:, step])
-            chosen = choice_B.tolist()
-            gained = logs_BV.gather(1, choice_B[:, None])[:, 0].tolist()
-            for place, draw in enumerate(rows):
-                if draw < 0:
-                    continue
-                log_q[draw] += gained[place]
-                end = self.ends.finish_of.get(chosen[place])
-                if end is None:
-                    tokens[draw].append(chosen[place])
-                else:
-                    finish[draw] = end
-                    rows[place] = -1
-            alive = np.flatnonzero(rows >= 0)
-            if len(alive) == 0 or step == self.max_latent_tokens:
+            chosen, gained = self._choose(logits_BV, rows, noise_DL[:, step])
+            heirs: list[dict[int, list[int]]] = []  # of each row: the draws that say a token next
+            for row, token_K, gain_K in zip(rows, chosen, gained, strict=True):
+                heirs.append({})
+                for draw, token, gain in zip(row, token_K, gain_K, strict=False):
+                    log_q[draw] += gain
+                    end = self.ends.finish_of.get(token)
+                    if end is not None:
+                        finish[draw] = end
+                        continue
+                    tokens[draw].append(token)
+                    heirs[-1].setdefault(token, []).append(draw)
+            if not any(heirs) or step == self.max_latent_tokens:
                 break
-            if len(alive) < 0.7 * len(rows):
-                keep = torch.from_numpy(alive).to(device)
-                cache.batch_select_indices(keep)
-                rows, choice_B, mask_BL = rows[alive], choice_B[keep], mask_BL[keep]
-                noise_BL = noise_BL[keep]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], 1)
+            rows, said, mask_BL = _branch(cache, mask_BL, heirs)
             logits_BV = self.model(
-                input_ids=choice_B[:, None],
+                input_ids=torch.tensor(said, device=mask_BL.device)[:, None],
                 attention_mask=mask_BL,
                 position_ids=mask_BL.sum(1, keepdim=True) - 1,
                 past_key_values=cache,
@@ -129,53 +125,46 @@ class TransformersSampler:
             for drawn, end, total in zip(tokens, finish, log_q, strict=True)
         ]
 
-    def _choose(self, logs_BV: torch.Tensor, noise_B: torch.Tensor) -> torch.Tensor:
+    def _choose(
+        self, logits_BV: torch.Tensor, rows: list[list[int]], noise_D: np.ndarray
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The next token of each row's draws and its log-probability, padded to the most draws."""
+        logs_BV = logits_BV.float().log_softmax(-1)
+        noise_BK = np.zeros((len(rows), max(map(len, rows))))
+        for place, row in enumerate(rows):
+            noise_BK[place, : len(row)] = noise_D[row]
         if self.greedy:
-            return logs_BV.argmax(-1)
-        cumulated_BV = logs_BV.double().exp().cumsum(-1)
-        wanted_B1 = noise_B[:, None] * cumulated_BV[:, -1:]
-        return torch.searchsorted(cumulated_BV, wanted_B1, right=True)[:, 0].clamp_max(
-            logs_BV.shape[-1] - 1
-        )
-
-
-def length_batches(
-    lengths: Sequence[int], copies: int, more: int, batch_tokens: int
-) -> list[list[int]]:
-    """Indices in batches of similar length: rows × copies × (longest + more) ≤ `batch_tokens`,
-    or a single one where even that is more."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        size = copies * (lengths[index] + more)
-        if batches and (len(batches[-1]) + 1) * size <= batch_tokens:
-            batches[-1].append(index)
+            choice_BK = logs_BV.argmax(-1, keepdim=True).expand(noise_BK.shape)
         else:
-            batches.append([index])
-    return batches
+            choice_BK = inverted(logs_BV, torch.from_numpy(noise_BK).to(logs_BV.device))
+        return choice_BK.tolist(), logs_BV.gather(1, choice_BK).tolist()
 
 
-def prefill(
-    model: PreTrainedModel, prompts: Sequence[Ids], copies: int
-) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """Run left-padded prompts once; return (last logits, key–value cache, attention mask), each
-    prompt's row repeated `copies` times."""
-    device = model.device
-    longest = max(map(len, prompts))
-    ids_BL = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask_BL = torch.zeros_like(ids_BL)
-    for row, prompt in enumerate(prompts):
-        ids_BL[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask_BL[row, longest - len(prompt) :] = 1
-    ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
-    cache = DynamicCache()
-    out: Any = model(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        position_ids=(mask_BL.cumsum(1) - 1).clamp_min(0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_repeat_interleave(copies)
-    repeated = out.logits[:, -1].repeat_interleave(copies, 0)
-    return repeated, cache, mask_BL.repeat_interleave(copies, 0)
+def _branch(
+    cache: Cache, mask_BL: torch.Tensor, heirs: list[dict[int, list[int]]]
+) -> tuple[list[list[int]], list[int], torch.Tensor]:
+    """Rows for the next step, the token that each says, and their mask. A row goes on with the
+    first of its tokens, others get copies of it; ended rows go when they are many."""
+    parents = [row for row, group in enumerate(heirs) for _ in list(group)[1:]]
+    alive = [row for row, group in enumerate(heirs) if group]
+    if len(alive) < LIVE * len(heirs):
+        order = torch.tensor(alive + parents, device=mask_BL.device)
+        cache.batch_select_indices(order)
+        mask_BL, heirs = mask_BL[order], [heirs[row] for row in alive]
+    elif parents:
+        order = torch.tensor(parents, device=mask_BL.device)
+        for layer in cache.layers:
+            assert isinstance(layer, RoomyLayer)
+            layer.append(order)
+        mask_BL = torch.cat([mask_BL, mask_BL[order]])
+    firsts = [next(iter(group.items()), (0, [])) for group in heirs]
+    said = firsts + [pair for group in heirs for pair in list(group.items())[1:]]
+    mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(said), 1)], 1)
+    return [draws for _, draws in said], [token for token, _ in said], mask_BL
+
+
+def inverted(logs_BV: torch.Tensor, noise_BK: torch.Tensor) -> torch.Tensor:
+    """The tokens (B, K) at which a row's cumulated probability passes its numbers in [0, 1)."""
+    cumulated_BV = logs_BV.double().exp().cumsum(-1)
+    wanted_BK = noise_BK * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, wanted_BK, right=True).clamp_max(logs_BV.shape[-1] - 1)

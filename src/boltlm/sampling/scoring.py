@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from boltlm.sampling.samplers import length_batches, prefill
+from boltlm.sampling.cache import length_batches, prefill
 from boltlm.sequences.layouts import Ids
 
 LOGIT_POSITIONS = 8192  # logits exist for no more positions than these at once
@@ -25,44 +25,51 @@ def token_log_probs(
 ) -> list[list[np.ndarray]]:
     """log p(token | prefix, tokens before it) for every token of every branch, float64, nats.
 
-    All prefixes have the same number K of branches, which share their prefix's key–value cache.
-    A prefix has at least one token, a branch may be empty.
+    A prefix has at least one token, a branch may be empty. The branches of a prefix share its
+    key–value cache, and those that are the same are scored once.
     """
-    copies = len(branches[0]) if branches else 0
-    longest = [max(map(len, group)) for group in branches]
+    kinds = [sorted({tuple(branch) for branch in group if branch}) for group in branches]
+    longest = [max(map(len, group), default=0) for group in kinds]
     lengths = [len(p) + more for p, more in zip(prefixes, longest, strict=True)]
-    found: list[list[np.ndarray]] = [[] for _ in prefixes]
-    for batch in length_batches(lengths, copies, 0, batch_tokens):
-        flat = [branch for i in batch for branch in branches[i]]
-        scored = _batch(model, [prefixes[i] for i in batch], flat, copies)
-        for place, index in enumerate(batch):
-            found[index] = scored[place * copies : (place + 1) * copies]
-    return found
+    asked = [index for index, group in enumerate(kinds) if group]
+    found: list[dict[tuple[int, ...], np.ndarray]] = [{(): np.zeros(0)} for _ in prefixes]
+    for batch in length_batches(
+        [lengths[i] for i in asked], [len(kinds[i]) for i in asked], batch_tokens
+    ):
+        places = [asked[index] for index in batch]
+        flat = [(i, branch) for i in places for branch in kinds[i]]
+        scored = _batch(model, [prefixes[i] for i in places], [kinds[i] for i in places])
+        for (index, branch), logs in zip(flat, scored, strict=True):
+            found[index][branch] = logs
+    return [
+        [known[tuple(branch)] for branch in group]
+        for known, group in zip(found, branches, strict=True)
+    ]
 
 
 def _batch(
-    model: PreTrainedModel, prefixes: list[Ids], branches: list[Ids], copies: int
+    model: PreTrainedModel, prefixes: list[Ids], groups: list[list[tuple[int, ...]]]
 ) -> list[np.ndarray]:
     """The prefix but its last token is cached; that token and the branch run behind it."""
     device = model.device
-    starts = [prefix[-1] for prefix in prefixes for _ in range(copies)]
-    most = max(map(len, branches), default=0)
-    if most == 0:
-        return [np.zeros(0) for _ in branches]
+    owners = [place for place, group in enumerate(groups) for _ in group]
+    branches = [branch for group in groups for branch in group]
+    most = max(map(len, branches))
     inputs_BL = torch.zeros(len(branches), most, dtype=torch.long)
     targets_BL = torch.zeros_like(inputs_BL)
-    for row, (start, branch) in enumerate(zip(starts, branches, strict=True)):
-        if branch:
-            inputs_BL[row, : len(branch)] = torch.as_tensor([start, *branch[:-1]])
-            targets_BL[row, : len(branch)] = torch.as_tensor(branch)
+    for row, (owner, branch) in enumerate(zip(owners, branches, strict=True)):
+        inputs_BL[row, : len(branch)] = torch.as_tensor([prefixes[owner][-1], *branch[:-1]])
+        targets_BL[row, : len(branch)] = torch.as_tensor(branch)
     inputs_BL, targets_BL = inputs_BL.to(device), targets_BL.to(device)
     heads = [list(prefix[:-1]) for prefix in prefixes]
     arguments: dict[str, Any] = {}
-    before_B1 = torch.tensor([[len(head)] for head in heads for _ in range(copies)], device=device)
+    before_B1 = torch.tensor([[len(heads[owner])] for owner in owners], device=device)
     if any(heads):
-        _, cache, mask_BL = prefill(model, heads, copies)
+        _, cache, mask_BL = prefill(model, heads)
+        order = torch.tensor(owners, device=device)
+        cache.batch_select_indices(order)
         arguments["past_key_values"] = cache
-        arguments["attention_mask"] = torch.cat([mask_BL, torch.ones_like(inputs_BL)], 1)
+        arguments["attention_mask"] = torch.cat([mask_BL[order], torch.ones_like(inputs_BL)], 1)
     hidden_BLD = model.base_model(
         input_ids=inputs_BL,
         position_ids=before_B1 + torch.arange(most, device=device),

@@ -1,4 +1,8 @@
-"""Draws by vLLM, stock releases, on a GPU or with the CPU build."""
+"""Draws by vLLM, stock releases, on a GPU or with the CPU build.
+
+On a GPU each draw is a request with a seed of its own, which vLLM's kernels take at no cost. Its
+CPU build draws rows with seeds one by one; there `vllm_noise` hands in the random numbers.
+"""
 
 import os
 from collections.abc import Sequence
@@ -20,8 +24,8 @@ BATCHED_TOKENS = 8192  # that a step may take in
 
 class VllmSampler:
     """Log-probabilities are vLLM's raw ones, the model's own at temperature 1. Every draw is a
-    request with a seed of its own; those of one prompt share its cached prefix. Not the same draws
-    as those of `transformers`, and the same ones again only in the same batches: the same law."""
+    request of its own; those of one prompt share its cached prefix. On a CPU these are the draws of
+    `transformers` but for rounding; on a GPU others of the same law."""
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class VllmSampler:
         except ImportError as error:
             raise UserError(f"sampling.sampler 'vllm' needs vllm: {error}") from error
         self.max_latent_tokens, self.seed = max_latent_tokens, seed
+        self.seeds = torch.cuda.is_available()
         self.ends = Ends.of_latents(markers)
         threads = torch.get_num_threads()
         try:
@@ -52,10 +57,9 @@ class VllmSampler:
                 max_model_len=window,
                 gpu_memory_utilization=memory_fraction,
                 enable_prefix_caching=True,
-                # A prompt cut over two steps takes a draw back, which seeds on a CPU cannot.
-                enable_chunked_prefill=False,
                 max_num_batched_tokens=max(window, BATCHED_TOKENS),
-                enforce_eager=not torch.cuda.is_available(),
+                enforce_eager=not self.seeds,
+                logits_processors=None if self.seeds else ["boltlm.sampling.vllm_noise:Noise"],
                 disable_log_stats=True,
                 seed=seed,
             )
@@ -73,13 +77,13 @@ class VllmSampler:
 
         settings = [
             SamplingParams(
-                temperature=1.0,
                 max_tokens=self.max_latent_tokens + 1,
                 logprobs=0,
+                flat_logprobs=True,
                 stop_token_ids=list(self.ends.finish_of),
                 ignore_eos=True,
                 detokenize=False,
-                seed=int(generator(self.seed, *key, k).integers(2**31)),
+                **self._random([*key, k]),
             )
             for key in keys
             for k in range(first, first + draws)
@@ -93,11 +97,17 @@ class VllmSampler:
         ]
         return [found[start : start + draws] for start in range(0, len(found), draws)]
 
+    def _random(self, key: list[str | int]) -> dict[str, Any]:
+        """Where a draw's random numbers come from."""
+        if self.seeds:
+            seed = int(generator(self.seed, *key).integers(2**31))
+            return {"temperature": 1.0, "seed": seed}
+        return {"temperature": 0.0, "extra_args": {"draw": [self.seed, *key]}}
+
     def _draw(self, output: Any) -> Draw:
         tokens = list(output.token_ids)
-        log_q = sum(
-            step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)
-        )
+        log_q = sum(output.logprobs.logprobs)  # one a token: none but the drawn ones is asked for
+        assert len(output.logprobs.logprobs) == len(tokens)
         end = self.ends.finish_of.get(tokens[-1])
         # What ran to the limit drew one token more than a latent may have.
         kept = tokens[:-1] if end is not None else tokens[: self.max_latent_tokens]
