@@ -39,6 +39,7 @@ def sealed(stage: Stage) -> set[str]:
 def alone(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Stage:
     """All shards, made in this process."""
     stage = Stage(tmp_path_factory.mktemp("alone"), base_folder, 1, SHARDS)
+    stage.params["sampling"] |= {"threads": 1}
     stage.run()
     return stage
 
@@ -47,9 +48,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Stage:
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes find the package and the tests."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tiny.ROOT / "src"), str(tiny.ROOT)]))
-    monkeypatch.setenv(
-        "OMP_NUM_THREADS", "1"
-    )  # as in these tests: sums hang on it, in the last bit
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
@@ -59,7 +57,7 @@ def test_a_worker_process_that_dies_costs_its_shard_only(
     """It is said in a line; the next run makes what is left, and the bytes are those of one
     process (SPEC 4: a shard's result does not depend on how many workers there are)."""
     stage = Stage(tmp_path, base_folder, 1, SHARDS)
-    stage.params["sampling"] |= {"workers": 2}
+    stage.params["sampling"] |= {"workers": 2, "threads": 1}
     with (
         killing(lambda: workers("spawn_main"), when=lambda: len(sealed(stage)) >= 2),
         pytest.raises(UserError, match="a worker process died"),
@@ -74,7 +72,7 @@ def test_a_worker_process_that_dies_costs_its_shard_only(
 def test_a_ray_actor_that_dies_is_replaced(alone: Stage, base_folder: Path, tmp_path: Path) -> None:
     """The run goes on by itself: the actor comes again, and makes its shard again."""
     stage = Stage(tmp_path, base_folder, 1, SHARDS)
-    stage.params["sampling"] |= {"engine": "ray", "workers": 1}
+    stage.params["sampling"] |= {"engine": "ray", "workers": 1, "threads": 1}
     with killing(lambda: workers("ray::Map"), when=lambda: len(sealed(stage)) >= 2) as killed:
         stage.run()
     assert killed, "no actor was killed"
@@ -88,7 +86,7 @@ def test_the_driver_is_killed_and_runs_again(
     """SIGKILL of the stage: only unfinished shards are made again, the bytes are those of an
     undisturbed run."""
     stage = Stage(tmp_path, base_folder, 1, SHARDS)
-    stage.params["sampling"] |= {"engine": engine}
+    stage.params["sampling"] |= {"engine": engine, "threads": 1}
     process = subprocess.Popen(stage.command(), start_new_session=True)
     until = time.monotonic() + PROBLEM_SECONDS
     while len(sealed(stage)) < 2:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from boltlm.sampling import cache, samplers
 from boltlm.sampling.cache import length_batches
 from boltlm.sampling.samplers import Draw, Key, TransformersSampler
 from boltlm.sampling.scoring import token_log_probs
@@ -170,6 +171,24 @@ def test_greedy_is_an_argmax_loop(
     assert draw.finish == (
         "length" if best in ORDINARY else {m.eol: "stop", m.eos: "eos"}.get(best, "special")
     )
+
+
+@pytest.mark.parametrize(("room", "live"), [(1, 0.7), (32, 0.0), (32, 1.1)])
+def test_how_rows_are_kept_changes_nothing(
+    room: int,
+    live: float,
+    sampler: TransformersSampler,
+    drawn: list[list[Draw]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Caches that grow at every step, rows that stay when they ended, rows that never stay."""
+    monkeypatch.setattr(cache, "ROOM", room)
+    monkeypatch.setattr(samplers, "LIVE", live)
+    again = sampler.sample(PROMPTS, KEYS, 600)
+    assert content(again) == content(drawn)
+    for group, others in zip(again, drawn, strict=True):
+        for one, other in zip(group, others, strict=True):
+            assert one.log_q == pytest.approx(other.log_q, abs=1e-5)
 
 
 @given(

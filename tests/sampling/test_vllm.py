@@ -73,6 +73,8 @@ def test_both_samplers_draw_from_the_same_law(folder: Path, tmp_path: Path) -> N
         measured = run(made)
         assert measured["samples"] == DRAWS * measured["chunks"]
         by[sampler] = list(read(made.folder / "out", Sample))
+    same = [one.tokens == other.tokens for one, other in zip(*by.values(), strict=True)]
+    assert np.mean(same) > 0.98, "vLLM did not draw with the numbers that it was given"
     made = stages["vllm"]
     chunks = {(s.doc_id, s.chunk) for s in by["vllm"]}
     assert 0.1 < np.mean([s.finish == "stop" for s in by["vllm"]]) < 0.9

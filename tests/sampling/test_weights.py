@@ -10,9 +10,7 @@ from scipy.special import logsumexp, softmax
 
 from boltlm.records import Sample
 from boltlm.sampling.weights import (
-    diagnostics,
-    exact_fractions,
-    histogram,
+    Summary,
     iwae,
     log_weight,
     normalised,
@@ -122,15 +120,15 @@ def test_diagnostics_by_hand() -> None:
     even = [sample(-4.0, tokens=(1,)), sample(-4.0, tokens=(1, 2, 3), selected=True)]
     uneven = [sample(math.log(3.0), selected=True), sample(0.0, tokens=())]
     failed = [sample(-np.inf), sample(-np.inf, finish="special")]
-    found = diagnostics([even, uneven, failed])
+    found = Summary([even, uneven, failed]).diagnostics()
     ess = [2.0, 1 / (0.75**2 + 0.25**2)]
     assert found == pytest.approx({
         "chunks": 3,
         "samples": 6,
         "chunks_without_latent": 1,
         "ess_mean": sum(ess) / 2,
-        "ess_p10": 1.6 + 0.1 * 0.4,
-        "ess_p50": 1.8,
+        "ess_p10": 1.6,
+        "ess_p50": 1.6,
         "max_weight_mean": (0.5 + 0.75) / 2,
         "log_weight_spread_mean": (0 + math.log(3.0) / 2) / 2,
         "unfinished_fraction": 2 / 6,
@@ -144,7 +142,7 @@ def test_diagnostics_by_hand() -> None:
 
 def test_diagnostics_of_a_partly_failed_chunk() -> None:
     """A failed draw has no weight to share, and no place in the spread of log w."""
-    found = diagnostics([[sample(-7.0), sample(-np.inf, finish="eos")]])
+    found = Summary([[sample(-7.0), sample(-np.inf, finish="eos")]]).diagnostics()
     assert found["ess_mean"] == 1
     assert found["max_weight_mean"] == 1
     assert found["log_weight_spread_mean"] == 0
@@ -154,7 +152,7 @@ def test_diagnostics_of_a_partly_failed_chunk() -> None:
 
 def test_diagnostics_where_everything_failed() -> None:
     """A model that never ends a latent must still give a report, not a crash."""
-    found = diagnostics([[sample(-np.inf)]])
+    found = Summary([[sample(-np.inf)]]).diagnostics()
     assert found["chunks_without_latent"] == 1
     assert math.isnan(found["ess_mean"])
     assert found["unfinished_fraction"] == 1
@@ -168,19 +166,19 @@ def test_exact_fractions_by_hand() -> None:
         [sample(0, chunk=1, latent="right", selected=True), sample(0, chunk=1, latent="other")],
         [sample(0, chunk=2, latent="right", selected=True), sample(0, chunk=2, latent="right")],
     ]
-    found = exact_fractions(groups, reference)
+    found = Summary(groups, reference).exact_fractions()
     assert found == {"exact_fraction": 2 / 4, "exact_fraction_kept": 1 / 2}
-    assert exact_fractions(groups, {}) == {}
+    assert Summary(groups).exact_fractions() == {}
 
 
 def test_histogram_by_hand() -> None:
     """Bins of half a nat, edges on the lower side, empty ones within, failures left out."""
     groups = [[sample(-0.75), sample(-0.5)], [sample(0.0), sample(0.49), sample(-np.inf)]]
-    assert histogram([*groups, [sample(1.2)]]) == [
+    assert Summary([*groups, [sample(1.2)]]).histogram() == [
         (-1.0, -0.5, 1),
         (-0.5, 0.0, 1),
         (0.0, 0.5, 2),
         (0.5, 1.0, 0),
         (1.0, 1.5, 1),
     ]
-    assert histogram([[sample(-np.inf)]]) == []
+    assert Summary([[sample(-np.inf)]]).histogram() == []

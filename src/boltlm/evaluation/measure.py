@@ -14,7 +14,7 @@ from boltlm.progress import track
 from boltlm.records import Chunk, Question, Sample, read, shard_name, write_shard
 from boltlm.sampling.estep import EStep, items
 from boltlm.sampling.shards import context_room, make_estep
-from boltlm.sampling.weights import diagnostics, exact_fractions
+from boltlm.sampling.weights import Summary
 
 BATCH_DOCUMENTS = 100
 
@@ -58,8 +58,8 @@ def measure(
         write_shard(out / "likelihood" / shard_name(0), Sample, [s for g in groups for s in g])
         lengths = [len(chunk.tokens) for chunk in found]
         measured |= likelihood.bounds(groups, lengths, config.k_samples)
-        measured |= diagnostics(groups)
-        measured |= exact_fractions(groups, references(split / config.corpus, chunks))
+        summary = Summary(groups, references(split / config.corpus, chunks))
+        measured |= summary.diagnostics() | summary.exact_fractions()
     return measured | _questions(estep, config, split / "questions", out, latent_format, room)
 
 

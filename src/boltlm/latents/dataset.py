@@ -56,16 +56,21 @@ def references(split: Path, chunks: Path) -> dict[tuple[str, int], str]:
     where the data carries none. What a model writes is compared with it, never trained on it."""
     found: dict[tuple[str, int], str] = {}
     for path in shards(chunks):
-        documents = {
-            document.doc_id: document for document in read_shard(split / path.name, Document)
-        }
-        of_document = itertools.groupby(read_shard(path, Chunk), lambda chunk: chunk.doc_id)
-        for doc_id, group in of_document:
-            document = documents[doc_id]
-            if document.thoughts is None and document.latent is None:
-                continue
-            cut = list(group)
-            for chunk, latent in zip(cut, chunk_latents(document, cut), strict=True):
-                if latent is not None:
-                    found[doc_id, chunk.chunk] = latent
+        found |= shard_references(split / path.name, path)
+    return found
+
+
+def shard_references(documents: Path, chunks: Path) -> dict[tuple[str, int], str]:
+    """`references` of one shard, by its two files."""
+    by_id = {document.doc_id: document for document in read_shard(documents, Document)}
+    found: dict[tuple[str, int], str] = {}
+    of_document = itertools.groupby(read_shard(chunks, Chunk), lambda chunk: chunk.doc_id)
+    for doc_id, group in of_document:
+        document = by_id[doc_id]
+        if document.thoughts is None and document.latent is None:
+            continue
+        cut = list(group)
+        for chunk, latent in zip(cut, chunk_latents(document, cut), strict=True):
+            if latent is not None:
+                found[doc_id, chunk.chunk] = latent
     return found

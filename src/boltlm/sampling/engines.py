@@ -1,7 +1,7 @@
 """Where shards are worked on: in this process, in several, or on a Ray cluster.
 
-Every engine makes the same bytes: a shard depends on its documents alone. A worker that dies costs
-the shard that it was at.
+Every engine makes the same bytes with the same number of threads: a shard depends on its documents
+alone. A worker that dies costs the shard that it was at.
 """
 
 import multiprocessing
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Of this worker process.
 _task: "Task | None" = None
+_threads: int | None = None
 _maker: "Maker | None" = None
 
 
@@ -27,13 +28,17 @@ def run(task: "Task", left: Sequence[str], config: SamplingConfig) -> Iterator[E
     if config.engine == "ray":
         return _ray(task, left, config)
     if config.workers == 1:
-        return map(_make(task), left)
+        return map(_make(task, config.threads), left)
     return _processes(task, left, config)
 
 
-def _make(task: "Task") -> "Maker":
+def _make(task: "Task", threads: int | None) -> "Maker":
+    import torch
+
     from boltlm.sampling.shards import Maker
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     return Maker(task)
 
 
@@ -44,7 +49,10 @@ def _processes(task: "Task", left: Sequence[str], config: SamplingConfig) -> Ite
     for gpus in _shares(config):
         places.put(gpus)
     workers = min(config.workers, len(left))
-    pool = ProcessPoolExecutor(workers, context, _begin, (task, config.workers, places))
+    threads = config.threads
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // config.workers)
+    pool = ProcessPoolExecutor(workers, context, _begin, (task, threads, places))
     try:
         for done in as_completed([pool.submit(_work, shard) for shard in left]):
             yield done.result()
@@ -74,22 +82,19 @@ def _shares(config: SamplingConfig) -> list[str]:
     return [",".join(gpus[each * i : each * (i + 1)]) for i in range(config.workers)]
 
 
-def _begin(task: "Task", workers: int, places: Any) -> None:
-    """Set up a worker: its GPUs and its share of the cores, before torch looks at them."""
-    global _task
+def _begin(task: "Task", threads: int | None, places: Any) -> None:
+    """Set up a worker: its GPUs, before torch looks at them."""
+    global _task, _threads
     gpus = places.get()
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _task = task
+    _task, _threads = task, threads
 
 
 def _work(shard: str) -> Effort:
     global _maker
     assert _task is not None
-    _maker = _maker or _make(_task)
+    _maker = _maker or _make(_task, _threads)
     return _maker(shard)
 
 
@@ -97,9 +102,10 @@ def _ray(task: "Task", left: Sequence[str], config: SamplingConfig) -> Iterator[
     """One model replica an actor; a dead actor is started anew and its shard made again."""
     import ray
 
+    cores = config.threads or 1
     if config.address is None:
         # One logical CPU beside the actors', or the readers would wait for ever.
-        ray.init(num_cpus=config.workers + 1, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=config.workers * cores + 1, include_dashboard=False, log_to_driver=False)
     else:
         ray.init(address=config.address, log_to_driver=False)
     try:
@@ -109,9 +115,9 @@ def _ray(task: "Task", left: Sequence[str], config: SamplingConfig) -> Iterator[
         )
         made = blocks.map_batches(
             _Actor,
-            fn_constructor_args=(task,),
+            fn_constructor_args=(task, cores),
             batch_size=1,
-            num_cpus=1,
+            num_cpus=cores,
             num_gpus=config.gpus_per_worker,
             compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(left))),
         )
@@ -124,8 +130,8 @@ def _ray(task: "Task", left: Sequence[str], config: SamplingConfig) -> Iterator[
 class _Actor:
     """Holds a model on some node of the cluster. The work folder must be shared by all nodes."""
 
-    def __init__(self, task: "Task") -> None:
-        self.maker = _make(task)
+    def __init__(self, task: "Task", threads: int) -> None:
+        self.maker = _make(task, threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         from dataclasses import asdict

@@ -25,7 +25,8 @@ class SamplingConfig:
     log q by the scorer, not by the sampler, for where the two disagree (bfloat16);
     `vllm_memory_fraction`: of a GPU, the rest is the scorer's.
 
-    `engine`: where shards are worked on, by `workers` processes of `gpus_per_worker` GPUs each;
+    `engine`: where shards are worked on, by `workers` processes of `gpus_per_worker` GPUs and
+    `threads` cores each (null: those here shared out, on Ray one; a sum's last bit hangs on it);
     `address`: of a Ray cluster that is there, null to start one here.
     """
 
@@ -37,6 +38,7 @@ class SamplingConfig:
     engine: Literal["local", "ray"]
     workers: int
     gpus_per_worker: float
+    threads: int | None
     address: str | None
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class SamplingConfig:
             raise UserError(f"batch_tokens must be 1 or more, found {self.batch_tokens}")
         if self.workers < 1:
             raise UserError(f"workers must be 1 or more, found {self.workers}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads must be 1 or more, or null, found {self.threads}")
         if not 0 < self.vllm_memory_fraction < 1:
             raise UserError(
                 f"vllm_memory_fraction lies in (0, 1), found {self.vllm_memory_fraction}"

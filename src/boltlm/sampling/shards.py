@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from boltlm import engine
-from boltlm.latents.dataset import references
+from boltlm.latents.dataset import shard_references
 from boltlm.model import checkpoint
 from boltlm.params import build, section
-from boltlm.records import Chunk, Sample, read, read_shard, shards, write_shard
+from boltlm.records import Chunk, Sample, read_shard, shards, write_shard
 from boltlm.sampling import engines
 from boltlm.sampling.estep import Effort, EStep, SamplingConfig, items
-from boltlm.sampling.weights import diagnostics, exact_fractions, histogram
+from boltlm.sampling.weights import Summary
 from boltlm.tokens import TextCoder, most_chunk_tokens
 
 # What a sample depends on beside the model and the chunks: settings, and the code that draws.
@@ -129,12 +129,15 @@ def run(
         what=f"latents {name}",
         workers=config.workers,
     )
-    groups = by_chunk(read(out, Sample))
-    measured = diagnostics(groups) | exact_fractions(groups, references(split, chunks))
-    lines = ["from_nats,to_nats,count", *(",".join(map(str, line)) for line in histogram(groups))]
+    summary = Summary()
+    for path in shards(chunks):
+        groups = by_chunk(iter(read_shard(out / path.name, Sample)))
+        summary.add(groups, shard_references(split / path.name, path))
+    bins = (",".join(map(str, line)) for line in summary.histogram())
+    lines = ["from_nats,to_nats,count", *bins]
     histogram_path.parent.mkdir(parents=True, exist_ok=True)
     histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return measured | _rates(efforts)
+    return summary.diagnostics() | summary.exact_fractions() | _rates(efforts)
 
 
 def _rates(efforts: Sequence[Effort]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from boltlm.tokens import Markers
 
 CPU_CACHE_GIB = "2"  # of the key–value cache where there is no GPU and nothing else is set
 BATCHED_TOKENS = 8192  # that a step may take in
+SEQUENCES = 1024  # drawn at once, as far as the cache holds them
 
 
 class VllmSampler:
@@ -57,7 +58,9 @@ class VllmSampler:
                 max_model_len=window,
                 gpu_memory_utilization=memory_fraction,
                 enable_prefix_caching=True,
+                enable_chunked_prefill=False,
                 max_num_batched_tokens=max(window, BATCHED_TOKENS),
+                max_num_seqs=SEQUENCES,
                 enforce_eager=not self.seeds,
                 logits_processors=None if self.seeds else ["boltlm.sampling.vllm_noise:Noise"],
                 disable_log_stats=True,
@@ -83,6 +86,7 @@ class VllmSampler:
                 stop_token_ids=list(self.ends.finish_of),
                 ignore_eos=True,
                 detokenize=False,
+                skip_clone=True,
                 **self._random([*key, k]),
             )
             for key in keys

@@ -1,6 +1,7 @@
 """Importance weights in float64, and what they say about a set of draws."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from boltlm.records import Sample
 from boltlm.seeds import uniform
 
 BIN = 0.5  # nats, of the histogram of log w
+STEP = 0.01  # of the effective sample sizes whose quantiles are taken
 
 
 def log_weight(log_q: float, log_p_latent: float, log_p_text: float, finish: str) -> float:
@@ -41,55 +43,101 @@ def iwae(log_w_GK: np.ndarray) -> np.ndarray:
     return total - np.log(log_w_GK.shape[-1])
 
 
-def diagnostics(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Of the K draws of each chunk: effective sample size 1/Σŵ², the largest ŵ, the spread of
-    log w (nats, standard deviation within a chunk), how draws ended, and lengths in tokens."""
-    logs = [np.array([sample.log_weight for sample in group]) for group in groups]
-    alive = [log_w for log_w in logs if np.isfinite(log_w).any()]
-    sizes = [1 / (normalised(log_w) ** 2).sum() for log_w in alive]
-    spreads = [log_w[np.isfinite(log_w)].std() for log_w in alive]
-    drawn = [sample for group in groups for sample in group]
-    kept = [sample for sample in drawn if sample.selected]
-    ended = [sample.finish for sample in drawn]
-    return {
-        "chunks": len(groups),
-        "samples": len(drawn),
-        "chunks_without_latent": len(groups) - len(alive),
-        "ess_mean": _mean(sizes),
-        "ess_p10": float(np.quantile(sizes, 0.1)) if sizes else float("nan"),
-        "ess_p50": float(np.quantile(sizes, 0.5)) if sizes else float("nan"),
-        "max_weight_mean": _mean([normalised(log_w).max() for log_w in alive]),
-        "log_weight_spread_mean": _mean(spreads),
-        "unfinished_fraction": 1 - ended.count("stop") / max(len(ended), 1),
-        **{f"unfinished_{end}": ended.count(end) for end in ("length", "eos", "special")},
-        "latent_tokens_mean": _mean([len(s.tokens) for s in drawn if s.finish == "stop"]),
-        "kept_latent_tokens": sum(len(s.tokens) for s in kept),
-    }
+class Summary:
+    """What the draws of many chunks, K at a time, look like; in constant memory."""
+
+    def __init__(
+        self,
+        groups: Iterable[Sequence[Sample]] = (),
+        reference: Mapping[tuple[str, int], str] | None = None,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.sums: dict[str, float] = defaultdict(float)
+        self.sizes: Counter[int] = Counter()  # chunks by effective sample size, in steps of STEP
+        self.bins: Counter[int] = Counter()  # draws by log w, in steps of BIN
+        self.add(groups, reference or {})
+
+    def add(
+        self, groups: Iterable[Sequence[Sample]], reference: Mapping[tuple[str, int], str]
+    ) -> None:
+        """`reference`: the data's own latent by (doc_id, chunk), where there is one."""
+        counts = self.counts
+        for group in groups:
+            counts["chunks"] += 1
+            self._weigh(np.array([sample.log_weight for sample in group]))
+            own = reference.get((group[0].doc_id, group[0].chunk))
+            for sample in group:
+                counts["samples"] += 1
+                counts[sample.finish] += 1
+                counts["stop_tokens"] += len(sample.tokens) if sample.finish == "stop" else 0
+                counts["kept_tokens"] += len(sample.tokens) if sample.selected else 0
+                if own is not None:
+                    same = sample.latent == own
+                    counts["known"] += 1
+                    counts["exact"] += same
+                    counts["kept_known"] += sample.selected
+                    counts["kept_exact"] += sample.selected and same
+
+    def _weigh(self, log_w_K: np.ndarray) -> None:
+        finite = log_w_K[np.isfinite(log_w_K)]
+        if not len(finite):
+            return
+        weights = normalised(log_w_K)
+        size = 1 / (weights**2).sum()
+        self.counts["alive"] += 1
+        self.sizes[round(size / STEP)] += 1
+        self.bins.update(np.floor(finite / BIN).astype(int).tolist())
+        self.sums["size"] += size
+        self.sums["largest"] += weights.max()
+        self.sums["spread"] += finite.std()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Of the K draws of each chunk: effective sample size 1/Σŵ² (quantiles to STEP), the
+        largest ŵ, the spread of log w (nats, standard deviation within a chunk), how draws ended,
+        and lengths in tokens."""
+        counts, alive = self.counts, self.counts["alive"]
+        return {
+            "chunks": counts["chunks"],
+            "samples": counts["samples"],
+            "chunks_without_latent": counts["chunks"] - alive,
+            "ess_mean": _ratio(self.sums["size"], alive),
+            "ess_p10": self._size_at(0.1),
+            "ess_p50": self._size_at(0.5),
+            "max_weight_mean": _ratio(self.sums["largest"], alive),
+            "log_weight_spread_mean": _ratio(self.sums["spread"], alive),
+            "unfinished_fraction": 1 - counts["stop"] / max(counts["samples"], 1),
+            **{f"unfinished_{end}": counts[end] for end in ("length", "eos", "special")},
+            "latent_tokens_mean": _ratio(counts["stop_tokens"], counts["stop"]),
+            "kept_latent_tokens": counts["kept_tokens"],
+        }
+
+    def _size_at(self, share: float) -> float:
+        """The least effective sample size that at least this share of chunks does not exceed."""
+        reached = 0
+        for place in sorted(self.sizes):
+            reached += self.sizes[place]
+            if reached >= share * self.counts["alive"]:
+                return round(place * STEP, 2)
+        return float("nan")
+
+    def exact_fractions(self) -> dict[str, float]:
+        """Share of draws, and of kept latents, that are the data's own latent to the letter, among
+        the chunks that have one; nothing where none has."""
+        counts = self.counts
+        if not counts["known"]:
+            return {}
+        return {
+            "exact_fraction": _ratio(counts["exact"], counts["known"]),
+            "exact_fraction_kept": _ratio(counts["kept_exact"], counts["kept_known"]),
+        }
+
+    def histogram(self) -> list[tuple[float, float, int]]:
+        """(from, to, count) of the finite log w, in bins of BIN nats on a grid that holds 0."""
+        if not self.bins:
+            return []
+        every = range(min(self.bins), max(self.bins) + 1)
+        return [(BIN * place, BIN * (place + 1), self.bins[place]) for place in every]
 
 
-def exact_fractions(
-    groups: Sequence[Sequence[Sample]], reference: Mapping[tuple[str, int], str]
-) -> dict[str, float]:
-    """Share of draws, and of kept latents, that are the data's own latent to the letter, among
-    the chunks that have one; nothing where none has."""
-    drawn = [s for group in groups for s in group if (s.doc_id, s.chunk) in reference]
-    if not drawn:
-        return {}
-    exact = [sample.latent == reference[sample.doc_id, sample.chunk] for sample in drawn]
-    kept = [same for same, sample in zip(exact, drawn, strict=True) if sample.selected]
-    return {"exact_fraction": _mean(exact), "exact_fraction_kept": _mean(kept)}
-
-
-def histogram(groups: Sequence[Sequence[Sample]]) -> list[tuple[float, float, int]]:
-    """(from, to, count) of the finite log w, in bins of BIN nats on a grid that holds 0."""
-    logs = np.array([s.log_weight for group in groups for s in group])
-    places, counts = np.unique(np.floor(logs[np.isfinite(logs)] / BIN), return_counts=True)
-    found = dict(zip(places.astype(int).tolist(), counts.tolist(), strict=True))
-    if not found:
-        return []
-    every = range(min(found), max(found) + 1)
-    return [(BIN * place, BIN * (place + 1), found.get(place, 0)) for place in every]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+def _ratio(total: float, count: int) -> float:
+    return float(total / count) if count else float("nan")
