@@ -66,7 +66,7 @@ class Work:
                 everything = (request for path in self.chunks for request in self.requests(path))
                 asks = kind.ask(book.open(everything), book)
         if book.halted is not None:
-            _log(journal, str(book.halted) or f"{self.where}: interrupted")
+            _log(journal, str(book.halted) or f"{self.where}: interrupted", say=False)
             raise book.halted
         return book.rejected
 
@@ -117,7 +117,7 @@ class Work:
                 f" ${book.purse.limit:.4f}"
             )
             if book.purse.spent + cost > book.purse.limit:
-                _log(book.journal, f"{text}; refused")
+                _log(book.journal, f"{text}; refused", say=False)
                 raise UserError(f"{text}: above max_cost_usd, so nothing was asked; raise it")
         _log(book.journal, text)
         return left
@@ -177,8 +177,10 @@ class Work:
             )
 
 
-def _log(journal: Journal, text: str) -> None:
-    """Say it, and keep it beside the journal with the time."""
-    print(text, flush=True)
+def _log(journal: Journal, text: str, *, say: bool = True) -> None:
+    """Keep it beside the journal with the time; `say`: on the terminal too, where it is no error,
+    which ends the stage and is said there."""
+    if say:
+        print(text, flush=True)
     with journal.path.with_suffix(".log").open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
