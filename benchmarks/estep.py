@@ -131,13 +131,13 @@ def side(args: argparse.Namespace) -> dict[str, float]:
         "reference_tuned": reference,
         "generate": generate,
     }.get(args.side, lambda estep, found, draws: estep.run(found, draws))
-    took: list[float] = []
+    took: list[tuple[float, Effort]] = []
     for _ in range(3):
         estep.effort = Effort()
         started = time.perf_counter()
         work(estep, found, draws)
-        took.append(time.perf_counter() - started)
-    seconds, effort = min(took[1:]), estep.effort
+        took.append((time.perf_counter() - started, estep.effort))
+    seconds, effort = min(took[1:], key=lambda run: run[0])
     both = max(effort.sample_seconds + effort.score_seconds, 1e-9)
     return {
         "chunks": len(found),

@@ -3,8 +3,8 @@
     python benchmarks/growth.py --documents 300 3000 30000
 
 Each size is a process of its own: split, then the stage `latents`, with the laptop's params and
-model. Seconds are those of drawing and scoring; memory is the peak of the process beyond what it
-held when the model had drawn for a first shard, in MiB.
+model. Seconds are those of drawing and scoring; memory is the peak of the process beyond its peak
+when the model had drawn for a first shard, in MiB.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     params = load(args.params)
     params["corpora"] = {"em": {"documents": args.documents[0], "source": {}}}
     params["questions"]["count"] = 0
+    params["sampling"] |= {"engine": "local", "workers": 1}
     coder = TextCoder(args.model)
     most = most_chunk_tokens(coder.window, section(params, "max_latent_tokens"))
     chunker = Chunker(build(Chunking, params["chunks"], "chunks"), coder, most, params["seed"])

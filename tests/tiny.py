@@ -159,6 +159,7 @@ def train_config(**changes: Any) -> TrainConfig:
         "precision": "float32",
         "schedule": Schedule(kind="cosine", warmup_fraction=0.2, least_ratio=0.1),
         "log_every": 1,
+        "checkpoint_every": 1000,
     }
     return TrainConfig(**{**values, **changes})
 

@@ -102,6 +102,10 @@ class Server:
         with sqlite3.connect(self.state / "state.sqlite", timeout=20) as db:
             db.executemany("insert into faults values (?, ?)", ((place, f) for f in faults))
 
+    def batches(self) -> int:
+        with sqlite3.connect(self.state / "state.sqlite", timeout=20) as db:
+            return db.execute("select count(*) from batches").fetchone()[0]
+
     def answered(self) -> dict[str, int]:
         """How often each request was answered, by the digest of its messages."""
         with sqlite3.connect(self.state / "state.sqlite", timeout=20) as db:
@@ -191,6 +195,22 @@ class House:
             return False
         assert process.returncode == 0
         return True
+
+    def killed_with_a_batch(self, server: Server) -> None:
+        """Run, and kill with SIGKILL when the journal knows a batch that the server has."""
+        process = self.start()
+        until = time.monotonic() + 60
+        while not (server.batches() and self.batches()):
+            assert process.poll() is None
+            assert time.monotonic() < until, "no batch was submitted"
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+
+    def batches(self) -> int:
+        """How many batches the journal holds an id of."""
+        with sqlite3.connect(self.paths["journal"], timeout=20) as db:
+            return db.execute("select count(*) from batches where batch <> ''").fetchone()[0]
 
     def requests(self) -> list[Request]:
         config: Any = teacher(self.params, "t")

@@ -398,7 +398,7 @@ def test_a_batch_under_way_is_not_forgotten_by_another_kind(
 ) -> None:
     """Its chunks must not look as if they had an empty latent; read it, then all is there."""
     one = house().teach("openai_batch", server, poll_seconds=60.0)
-    assert not one.killed_after(6.0)
+    one.killed_with_a_batch(server)
     one.teach("openai", server)
     with pytest.raises(UserError, match="batch under way"):
         one.write()
@@ -424,7 +424,7 @@ def test_a_rerun_gets_past_its_hard_requests(house: MakeHouse, server: Server) -
 def test_a_batch_that_the_server_does_not_know_is_named(house: MakeHouse, server: Server) -> None:
     """Another key, another server, or too late: which batch, and how to give it up."""
     one = house().teach("openai_batch", server, poll_seconds=60.0)
-    assert not one.killed_after(6.0)
+    one.killed_with_a_batch(server)
     with sqlite3.connect(server.state / "state.sqlite") as db:
         db.execute("delete from batches")
     with pytest.raises(UserError, match=r"batch batch_\d+.*delete from asked"):

@@ -175,7 +175,7 @@ def test_a_real_checkpoint_becomes_a_base_model(tmp_path: Path) -> None:
     """`base.kind: checkpoint` end to end: tied matrices, SentencePiece, spare rows or not; on
     the old tokens the model says what it said."""
     params = {"seed": 1, "base": {"kind": "checkpoint", "model": str(stories())}}
-    base.make(params, tmp_path / "base", tmp_path / "base.csv")
+    base.make(params, tmp_path / "work", tmp_path / "base", tmp_path / "base.csv")
     coder = TextCoder(tmp_path / "base")
     odd = "Once upon a time,\n  a naïve 猫 sat."
     assert coder.decode(coder.encode(odd)) == odd
@@ -200,7 +200,7 @@ def test_a_base_model_is_pretrained_on_its_corpus(tmp_path: Path) -> None:
     params["base"] |= {**small, "window": 128, "length": 64, "epochs": 2}
     params["base"]["train"] |= short
     for name in ("one", "two"):
-        base.make(params, tmp_path / name, tmp_path / f"{name}.csv")
+        base.make(params, tmp_path / "work", tmp_path / name, tmp_path / f"{name}.csv")
     lines = (tmp_path / "one.csv").read_text("utf-8").splitlines()[1:]
     losses = [float(line.split(",")[2]) for line in lines]
     assert losses[-1] < losses[0] - 0.3
@@ -211,4 +211,4 @@ def test_a_base_model_is_pretrained_on_its_corpus(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_base_is_named(tmp_path: Path) -> None:
     """A typing mistake in params.yaml."""
     with pytest.raises(UserError, match=r"base\.kind.*'scratch'"):
-        base.make({"seed": 1, "base": {"kind": "scratch"}}, tmp_path, tmp_path / "a.csv")
+        base.make({"seed": 1, "base": {"kind": "scratch"}}, tmp_path, tmp_path, tmp_path / "a.csv")

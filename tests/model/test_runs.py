@@ -52,6 +52,7 @@ def run(
         parent=base,
         chunks=data / "chunks",
         data=data / "teacher" / "own",
+        work=out / "work",
         out=out / "model",
         csv_path=out / "curve.csv",
     )

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ def llama() -> LlamaForCausalLM:
 
 
 def run(
-    config: TrainConfig, path: Path | None, found: tuple[np.ndarray, np.ndarray] | None = None
+    config: TrainConfig, path: Path | None, work: Path | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Trains, in a work folder of its own where none is given; leaves the checkpoints there."""
     model = llama()
-    inputs_RL, labels_RL = found or data()
-    facts = train(model, inputs_RL, labels_RL, config, seed=SEED, csv_path=path, what="tests")
+    inputs_RL, labels_RL = data()
+    work = work or Path(tempfile.mkdtemp())
+    facts, _ = train(
+        model, inputs_RL, labels_RL, config, seed=SEED, csv_path=path, what="tests", work=work
+    )
     return model, facts
 
 
@@ -157,10 +162,13 @@ def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path) -> None:
             seed=SEED,
             csv_path=tmp_path / "a.csv",
             what="tests",
+            work=tmp_path,
         )
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "clip_norm", "batch_rows", "log_every"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "clip_norm", "batch_rows", "log_every", "checkpoint_every"]
+)
 def test_settings_must_be_positive(name: str) -> None:
     """Zero rows a step would divide by zero far from its cause."""
     with pytest.raises(UserError, match=name):

@@ -1,21 +1,24 @@
-"""vLLM really draws: the law of the transformers sampler, and log q that the scorer confirms."""
+"""vLLM really draws: the transformers sampler's draws or its law, and log q as a plain loop's."""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from boltlm.model import checkpoint
 from boltlm.records import Chunk, Sample, read
-from boltlm.sampling.estep import items
+from boltlm.sampling.estep import EStep, Item, items
 from boltlm.sampling.precision import log_weight
 from boltlm.sampling.shards import context_room, make_estep
+from boltlm.sequences import layouts
 from boltlm.tokens import TextCoder
 from tests import exact, tiny
 from tests.sampling.test_shards import Stage
@@ -62,10 +65,32 @@ def run(made: Stage) -> dict[str, Any]:
     return json.loads((made.folder / "m.json").read_text("utf-8"))
 
 
+def places(made: Stage, estep: EStep) -> dict[tuple[str, int], Item]:
+    """Every chunk of the corpus with its context."""
+    context, room = made.params["context_chunks"], context_room(estep.coder, made.params)
+    found = items(list(read(made.folder / "chunks" / "em", Chunk)), context, room)
+    return {(item.doc_id, item.chunk): item for item in found}
+
+
+def check_weights(samples: list[Sample], made: Stage, folder: Path) -> EStep:
+    """log q and log w are those of a plain loop within 10⁻³; returns an E-step without vLLM."""
+    sampling = made.params["sampling"] | {"sampler": "transformers"}
+    estep = make_estep(made.params | {"sampling": sampling}, folder, purpose="em1")
+    of_chunk = places(made, estep)
+    done = [sample for sample in samples if sample.finish == "stop"][::7]
+    assert len(done) > 20
+    for sample in done:
+        item = of_chunk[sample.doc_id, sample.chunk]
+        log_q, log_w = log_weight(estep.model, estep.markers, item, sample.tokens)
+        assert abs(sample.log_q - log_q) < 1e-3
+        assert abs(sample.log_weight - log_w) < 1e-3
+    return estep
+
+
 @pytest.mark.timeout(300)
-def test_both_samplers_draw_from_the_same_law(folder: Path, tmp_path: Path) -> None:
-    """χ² of the first token of a latent, and of how draws end, between the two samplers; and log q
-    and log w of draws by vLLM are those of a plain loop within 10⁻³."""
+def test_on_a_cpu_both_samplers_draw_the_same(folder: Path, tmp_path: Path) -> None:
+    """The same random numbers pick the same tokens, but where rounding moves a border; log q and
+    log w of draws by vLLM are those of a plain loop."""
     both = ("transformers", "vllm")
     stages = {sampler: stage(tmp_path / sampler, folder, sampler=sampler) for sampler in both}
     by: dict[str, list[Sample]] = {}
@@ -73,35 +98,54 @@ def test_both_samplers_draw_from_the_same_law(folder: Path, tmp_path: Path) -> N
         measured = run(made)
         assert measured["samples"] == DRAWS * measured["chunks"]
         by[sampler] = list(read(made.folder / "out", Sample))
-    same = [one.tokens == other.tokens for one, other in zip(*by.values(), strict=True)]
-    assert np.mean(same) > 0.98, "vLLM did not draw with the numbers that it was given"
-    made = stages["vllm"]
-    chunks = {(s.doc_id, s.chunk) for s in by["vllm"]}
     assert 0.1 < np.mean([s.finish == "stop" for s in by["vllm"]]) < 0.9
-    for chunk in chunks:
-        ends = [
-            np.array([s.finish for s in found if (s.doc_id, s.chunk) == chunk])
-            for found in (by["vllm"], by["transformers"])
-        ]
-        kinds = sorted(set(np.concatenate(ends)))
-        table = np.array([[(end == kind).sum() for kind in kinds] for end in ends])
-        assert exact.same_law(table) > 1e-4
-        bins = np.zeros((2, 8), dtype=int)
-        for row, found in enumerate((by["vllm"], by["transformers"])):
-            for sample in found:
-                if (sample.doc_id, sample.chunk) == chunk:
-                    bins[row, (sample.tokens[0] + 1) % 8 if sample.tokens else 0] += 1
-        assert (bins.sum(0) > 0).sum() > 2, "too few first tokens to tell laws apart"
-        assert exact.same_law(bins) > 1e-4
-    by_transformers = made.params["sampling"] | {"sampler": "transformers"}
-    estep = make_estep(made.params | {"sampling": by_transformers}, folder, purpose="em1")
-    context, room = made.params["context_chunks"], context_room(estep.coder, made.params)
-    found = items(list(read(made.folder / "chunks" / "em", Chunk)), context, room)
-    of_chunk = {(item.doc_id, item.chunk): item for item in found}
-    done = [sample for sample in by["vllm"] if sample.finish == "stop"][::7]
-    assert len(done) > 20
-    for sample in done:
-        item = of_chunk[sample.doc_id, sample.chunk]
-        log_q, log_w = log_weight(estep.model, estep.markers, item, sample.tokens)
-        assert abs(sample.log_q - log_q) < 1e-3
-        assert abs(sample.log_weight - log_w) < 1e-3
+    same = [
+        (one.tokens, one.finish) == (other.tokens, other.finish)
+        for one, other in zip(*by.values(), strict=True)
+    ]
+    assert np.mean(same) > 0.98
+    check_weights(by["vllm"], stages["vllm"], folder)
+
+
+SEEDED = """
+import sys
+from pathlib import Path
+from boltlm.params import load
+from boltlm.records import Chunk, Sample, read, write_shard
+from boltlm.sampling.estep import EStep, Item, items
+from boltlm.sampling.shards import context_room, make_estep
+params, model, chunks, out = (Path(name) for name in sys.argv[1:])
+params = load(params)
+estep = make_estep(params, model, purpose="em1")
+estep.sampler.seeds = True
+room = context_room(estep.coder, params)
+found = items(list(read(chunks, Chunk)), params["context_chunks"], room)
+groups = estep.run(found, params["k_samples"])
+write_shard(out / "00000.parquet", Sample, [sample for group in groups for sample in group])
+"""
+
+
+@pytest.mark.timeout(300)
+def test_seeded_requests_draw_from_the_models_law(folder: Path, tmp_path: Path) -> None:
+    """What a GPU does, done here on the CPU: χ² of first tokens against the softmax in float64;
+    and `rescore_q` gives the log q and log w of a plain loop."""
+    made = stage(tmp_path, folder, sampler="vllm", rescore_q=True)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(made.params))
+    chunks, out = tmp_path / "chunks" / "em", tmp_path / "seeded"
+    env = {**os.environ, **VLLM, "PYTHONPATH": str(tiny.ROOT / "src")}
+    command = [sys.executable, "-c", SEEDED, str(tmp_path / "params.yaml"), str(folder)]
+    subprocess.run([*command, str(chunks), str(out)], check=True, env=env)
+    samples = list(read(out, Sample))
+    estep = check_weights(samples, made, folder)
+    m, slow = estep.markers, exact.double(estep.model)
+    for (doc_id, chunk), item in places(made, estep).items():
+        drawn = [s for s in samples if (s.doc_id, s.chunk) == (doc_id, chunk)]
+        assert len(drawn) == DRAWS
+        probs_V = exact.next_probs(slow, layouts.posterior_prefix(m, item.context, item.text))
+        likely = np.argsort(probs_V)[::-1][:6].tolist()
+        ends = {"stop": m.eol, "eos": m.eos}
+        firsts = [s.tokens[0] if s.tokens else ends.get(s.finish, -1) for s in drawn]
+        seen = [firsts.count(token) for token in likely]
+        wanted = [float(probs_V[token]) * DRAWS for token in likely]
+        p = exact.chi2([*seen, DRAWS - sum(seen)], [*wanted, DRAWS - sum(wanted)])
+        assert p > 1e-4

@@ -140,6 +140,16 @@ def test_diagnostics_by_hand() -> None:
     })  # fmt: skip
 
 
+def test_quantiles_of_effective_sample_sizes() -> None:
+    """The least size that so many chunks do not exceed: of ten chunks the first, and the fifth."""
+    groups = [[sample(0.0), sample(-0.3 * i)] for i in range(10)]
+    sizes = sorted((1 + np.exp(-0.3 * i)) ** 2 / (1 + np.exp(-0.6 * i)) for i in range(10))
+    found = Summary(groups).diagnostics()
+    assert found["ess_p10"] == pytest.approx(sizes[0], abs=0.006)
+    assert found["ess_p50"] == pytest.approx(sizes[4], abs=0.006)
+    assert sizes[0] + 0.02 < sizes[4] < sizes[-1] - 0.02
+
+
 def test_diagnostics_of_a_partly_failed_chunk() -> None:
     """A failed draw has no weight to share, and no place in the spread of log w."""
     found = Summary([[sample(-7.0), sample(-np.inf, finish="eos")]]).diagnostics()

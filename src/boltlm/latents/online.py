@@ -194,22 +194,29 @@ class Online:
     async def _one(self, client: openai.AsyncOpenAI, ask: Ask) -> Answer:
         """One name a request, the same after a crash too: servers that know Idempotency-Key send
         an answer that was on its way once more instead of making, and charging, another."""
-        for number in range(self.config.retries + 1):
-            name = f"{ask.request.key}-{ask.attempt}-{number}"
+        config, malformed = self.config, 0
+        pause = config.timeout_seconds / (config.retries + 1)
+        for number in range(config.retries + 1):
+            name = f"{ask.request.key}-{ask.attempt}-{malformed}"
             try:
                 found = await client.chat.completions.create(
-                    **self.config.body(ask.request), extra_headers={IDEMPOTENCY: name}
+                    **config.body(ask.request), extra_headers={IDEMPOTENCY: name}
                 )
                 return answer_of(
                     found,
-                    self.config,
+                    config,
                     ask.request.key,
                     ask.attempt,
-                    expected_input=self.config.expected(ask.request)[0],
+                    expected_input=config.expected(ask.request)[0],
                 )
+            except openai.ConflictError:  # a run that was killed asked it; it is being answered
+                if number == config.retries:
+                    raise
+                await asyncio.sleep(pause)
             except (MalformedError, ValueError):
+                malformed += 1
                 await asyncio.sleep(1.0)
-        server = self.config.base_url or "api.openai.com"
+        server = config.base_url or "api.openai.com"
         raise UserError(f"{server} sends answers that are no chat completions; see base_url")
 
 

@@ -169,13 +169,14 @@ def _embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
     return list({id(layer.weight): layer.weight for layer in layers}.values())
 
 
-def make(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
+def make(params: Mapping[str, Any], work: Path, out: Path, csv_path: Path) -> None:
     """Write the base model of the section `base` to `out`, its loss curve to `csv_path` (only
-    a header for a checkpoint, which is not trained here)."""
+    a header for a checkpoint, which is not trained here); a training is kept in `work` until
+    then."""
     checkpoint.prepare_cpu()
     kind = section(params, "base.kind")
     if kind == "pretrain":
-        _pretrain(params, out, csv_path)
+        _pretrain(params, work, out, csv_path)
     elif kind == "checkpoint":
         config = build(Checkpoint, section(params, "base"), "base")
         model, tokenizer = load_checkpoint(config.model)
@@ -188,7 +189,7 @@ def make(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
         raise UserError(f"params.yaml: base.kind must be pretrain | checkpoint, found {kind!r}")
 
 
-def _pretrain(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
+def _pretrain(params: Mapping[str, Any], work: Path, out: Path, csv_path: Path) -> None:
     config = build(Pretrain, section(params, "base"), "base")
     seed = section(params, "seed")
     found = [doc for doc in documents(params, "base") if doc.text and encodable(doc.text)]
@@ -210,7 +211,15 @@ def _pretrain(params: Mapping[str, Any], out: Path, csv_path: Path) -> None:
     inputs_RL, labels_RL = rows(
         stream(writer, corpus, epochs=config.epochs, tokens=None), config.length
     )
-    facts = train(
-        model, inputs_RL, labels_RL, config.train, seed=seed, csv_path=csv_path, what="train base"
+    facts, kept = train(
+        model,
+        inputs_RL,
+        labels_RL,
+        config.train,
+        seed=seed,
+        csv_path=csv_path,
+        what="train base",
+        work=work,
     )
     checkpoint.save(model, out, out, facts)
+    kept.clear()

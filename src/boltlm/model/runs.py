@@ -48,10 +48,12 @@ def run(
     parent: Path,
     chunks: Path,
     data: Path,
+    work: Path,
     out: Path,
     csv_path: Path,
 ) -> None:
-    """Train `models.<name>` from `parent` and write it to `out`, its curve to `csv_path`."""
+    """Train `models.<name>` from `parent` and write it to `out`, its curve to `csv_path`; until
+    then it is kept in `work`."""
     where = f"models.{name}"
     entry = build(ModelEntry, section(params, where), where)
     sequences = build(SequenceConfig, section(params, "sequences"), "sequences")
@@ -85,8 +87,15 @@ def run(
     checkpoint.prepare_cpu()
     model = checkpoint.load(parent)
     inputs_RL, labels_RL = rows(ids, sequences.length)
-    facts = train(
-        model, inputs_RL, labels_RL, config, seed=seed, csv_path=csv_path, what=f"train {name}"
+    facts, kept = train(
+        model,
+        inputs_RL,
+        labels_RL,
+        config,
+        seed=seed,
+        csv_path=csv_path,
+        what=f"train {name}",
+        work=work,
     )
     pairs = [pair for text in corpus for pair in text.pairs]
     facts |= {
@@ -97,3 +106,4 @@ def run(
         "latent_tokens": sum(len(pair.latent or ()) for pair in pairs),
     }
     checkpoint.save(model, out, parent, facts)
+    kept.clear()

@@ -16,8 +16,8 @@ ROOM = 32  # tokens kept free behind those that are there
 
 
 class RoomyLayer(DynamicLayer):
-    """Keeps room behind its rows and their tokens, so that a step writes what is new instead of
-    copying all that was there before it."""
+    """Keeps room behind its rows (a quarter) and their tokens (ROOM), so that a step writes what
+    is new instead of copying all that was there before it."""
 
     rooms: list[torch.Tensor] | None = None  # `keys` and `values` begin these
 
@@ -58,6 +58,10 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.rooms = None
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.rooms = None
+
 
 def length_batches(
     lengths: Sequence[int], copies: Sequence[int], batch_tokens: int
@@ -77,9 +81,10 @@ def length_batches(
 
 
 def prefill(
-    model: PreTrainedModel, prompts: Sequence[Ids]
+    model: PreTrainedModel, prompts: Sequence[Ids], layer: type[DynamicLayer]
 ) -> tuple[torch.Tensor, Cache, torch.Tensor]:
-    """Run left-padded prompts once; return (last logits, key–value cache, attention mask)."""
+    """Run left-padded prompts once; return (last logits, key–value cache, attention mask). The
+    cache's layers: RoomyLayer for many steps, DynamicLayer for one."""
     device = model.device
     longest = max(map(len, prompts))
     ids_BL = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -88,7 +93,7 @@ def prefill(
         ids_BL[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask_BL[row, longest - len(prompt) :] = 1
     ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    cache = Cache(layer_class_to_replicate=layer)
     out: Any = model(
         input_ids=ids_BL,
         attention_mask=mask_BL,

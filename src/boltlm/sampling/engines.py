@@ -51,7 +51,7 @@ def _processes(task: "Task", left: Sequence[str], config: SamplingConfig) -> Ite
     workers = min(config.workers, len(left))
     threads = config.threads
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // config.workers)
+        threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
     pool = ProcessPoolExecutor(workers, context, _begin, (task, threads, places))
     try:
         for done in as_completed([pool.submit(_work, shard) for shard in left]):

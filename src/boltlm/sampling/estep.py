@@ -26,7 +26,8 @@ class SamplingConfig:
     `vllm_memory_fraction`: of a GPU, the rest is the scorer's.
 
     `engine`: where shards are worked on, by `workers` processes of `gpus_per_worker` GPUs and
-    `threads` cores each (null: those here shared out, on Ray one; a sum's last bit hangs on it);
+    `threads` cores each (null: OMP_NUM_THREADS, or the cores here shared out, on Ray one; a sum's
+    last bit hangs on it);
     `address`: of a Ray cluster that is there, null to start one here.
     """
 
@@ -98,7 +99,8 @@ class Scores:
 
 @dataclass(slots=True)
 class Effort:
-    """What drawing and scoring took: tokens (endings and texts included) and seconds."""
+    """Seconds of drawing and scoring, and the tokens that they were for (endings and texts
+    included), of every draw also where draws shared their rows."""
 
     sampled_tokens: int = 0
     scored_tokens: int = 0

@@ -93,7 +93,7 @@ class TransformersSampler:
         tokens: list[list[int]] = [[] for _ in noise_DL]
         log_q = np.zeros(len(tokens))
         finish: list[Finish] = ["length"] * len(tokens)
-        logits_BV, cache, mask_BL = prefill(self.model, prompts)
+        logits_BV, cache, mask_BL = prefill(self.model, prompts, RoomyLayer)
         # Which draws a row of the batch stands for; none: all of them ended.
         rows = [list(range(i * draws, (i + 1) * draws)) for i in range(len(prompts))]
         for step in range(self.max_latent_tokens + 1):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from boltlm.sampling.cache import length_batches, prefill
 from boltlm.sequences.layouts import Ids
@@ -65,7 +66,7 @@ def _batch(
     arguments: dict[str, Any] = {}
     before_B1 = torch.tensor([[len(heads[owner])] for owner in owners], device=device)
     if any(heads):
-        _, cache, mask_BL = prefill(model, heads)
+        _, cache, mask_BL = prefill(model, heads, DynamicLayer)
         order = torch.tensor(owners, device=device)
         cache.batch_select_indices(order)
         arguments["past_key_values"] = cache
