@@ -160,6 +160,24 @@ def test_more_draws_keep_the_first_ones(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_vllm_draws_from_a_trained_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """Its log q, and the weights made of it, are those of a float64 model within 10⁻³. So small a
+    model seldom ends a latent: K is large."""
+    pytest.importorskip("vllm", reason="vLLM is not installed on this machine")
+    params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
+    params["sampling"] |= {"sampler": "vllm"}
+    params["k_samples"] = 64
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    command = [sys.executable, "-m", "boltlm.sampling.precision", "--limit", "100"]
+    command += ["--params", str(tmp_path / "params.yaml"), "--model", "models/em1"]
+    said = run(finished, *command, "--chunks", "data/chunks/em")
+    found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert found["samples"] > 10
+    assert found["log_q_error_max"] < 1e-3
+    assert found["log_weight_error_max"] < 1e-3
+
+
+@pytest.mark.timeout(900)
 def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
     """`dvc exp run -S k_samples=8` may not retrain the base or the warm start."""
     params = (finished / "params.yaml").read_text("utf-8")
