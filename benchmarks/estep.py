@@ -5,7 +5,8 @@
 `reference`: K copies of each prompt to vLLM, then a second vLLM pass with prompt_logprobs over the
 decoded and encoded joint texts, vLLM's settings as they come; `reference_tuned`: the same with the
 settings that our sampler gives vLLM. `generate`: model.generate with K sequences a prompt, then one
-full forward pass a sample for q and for p. `ours`: the E-step with each sampler. Each side is a
+full forward pass a sample for q and for p. `ours`: the E-step with each sampler. `scorer` and
+`prompt_logprobs`: log p alone, of the same drawn ids, by our scorer and by vLLM. Each side is a
 process of its own and is run three times; the best of the last two counts, without the loading.
 """
 
@@ -25,13 +26,21 @@ sys.path[:0] = [str(ROOT / "src")]
 
 from boltlm.params import load, section  # noqa: E402
 from boltlm.records import Chunk, read  # noqa: E402
-from boltlm.sampling.estep import Effort, EStep, Item, items  # noqa: E402
+from boltlm.sampling.estep import Effort, EStep, Item, items, joint_scores  # noqa: E402
 from boltlm.sampling.precision import log_prob  # noqa: E402
-from boltlm.sampling.samplers import Ends  # noqa: E402
+from boltlm.sampling.samplers import Draw, Ends  # noqa: E402
 from boltlm.sampling.shards import context_room, make_estep  # noqa: E402
 from boltlm.sequences import layouts  # noqa: E402
 
-SIDES = ("ours_transformers", "ours_vllm", "reference", "reference_tuned", "generate")
+SIDES = (
+    "ours_transformers",
+    "ours_vllm",
+    "reference",
+    "reference_tuned",
+    "generate",
+    "scorer",
+    "prompt_logprobs",
+)
 
 
 def reference(estep: EStep, found: Sequence[Item], draws: int) -> int:
@@ -60,14 +69,38 @@ def reference(estep: EStep, found: Sequence[Item], draws: int) -> int:
         item = found[place // draws]
         latent = coder.encode(coder.decode(list(output.outputs[0].token_ids[:-1])))
         text = coder.encode(coder.decode(list(item.text)))
-        ids = [*layouts.prior_prefix(m, item.context), *latent, m.eol, *text]
-        joint.append(TokensPrompt(prompt_token_ids=ids))
+        joint.append([*layouts.prior_prefix(m, item.context), *latent, m.eol, *text])
+    return prompt_logprobs(engine.model, joint)
+
+
+def prompt_logprobs(engine: Any, joint: Sequence[list[int]]) -> int:
+    """Log-probabilities of whole sequences by vLLM; how many there are."""
+    from vllm import SamplingParams, TokensPrompt
+
     score = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    scored = engine.model.generate(joint, score, use_tqdm=False)
+    asked = [TokensPrompt(prompt_token_ids=ids) for ids in joint]
+    scored = engine.generate(asked, score, use_tqdm=False)
     return sum(len(one.prompt_logprobs) for one in scored)
 
 
-def stock(model: Path, window: int, precision: str) -> Any:
+def scorer(estep: EStep, found: Sequence[Item], groups: Sequence[Sequence[Draw]]) -> int:
+    """log p of drawn ids by our scorer."""
+    scores = joint_scores(estep.model, estep.markers, found, groups, estep.config.batch_tokens)
+    return sum(map(len, scores))
+
+
+def joints(estep: EStep, found: Sequence[Item], groups: Sequence[Sequence[Draw]]) -> list[Any]:
+    """What vLLM must score for the same: a sequence for every draw that ended."""
+    m = estep.markers
+    return [
+        [*layouts.prior_prefix(m, item.context), *draw.tokens, m.eol, *item.text]
+        for item, group in zip(found, groups, strict=True)
+        for draw in group
+        if draw.finish == "stop"
+    ]
+
+
+def stock(model: Path, window: int, precision: str, **more: Any) -> Any:
     """vLLM with its own settings, in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
     import torch
@@ -81,6 +114,7 @@ def stock(model: Path, window: int, precision: str) -> Any:
         max_model_len=window,
         enforce_eager=not torch.cuda.is_available(),
         seed=1,
+        **more,
     )
     torch.set_num_threads(threads)
     return engine
@@ -123,14 +157,25 @@ def side(args: argparse.Namespace) -> dict[str, float]:
     chunks = list(read(args.chunks, Chunk))
     found = items(chunks, section(params, "context_chunks"), room)[: args.limit]
     draws = section(params, "k_samples")
+    window = estep.coder.window
     if args.side == "reference":
-        engine: Any = SimpleNamespace(model=stock(args.model, estep.coder.window, args.precision))
+        engine: Any = SimpleNamespace(model=stock(args.model, window, args.precision))
         estep.sampler = engine
     work: Callable[[EStep, Sequence[Item], int], Any] = {
         "reference": reference,
         "reference_tuned": reference,
         "generate": generate,
     }.get(args.side, lambda estep, found, draws: estep.run(found, draws))
+    if args.side in ("scorer", "prompt_logprobs"):
+        m = estep.markers
+        prompts = [layouts.posterior_prefix(m, item.context, item.text) for item in found]
+        keys = [("sample", "benchmark", item.doc_id, item.chunk) for item in found]
+        groups = estep.sampler.sample(prompts, keys, draws)
+        work = lambda estep, found, _: scorer(estep, found, groups)  # noqa: E731
+    if args.side == "prompt_logprobs":  # which does not use the prefix cache
+        scoring = stock(args.model, window, args.precision, enable_prefix_caching=False)
+        joint = joints(estep, found, groups)
+        work = lambda *_: prompt_logprobs(scoring, joint)  # noqa: E731
     took: list[tuple[float, Effort]] = []
     for _ in range(3):
         estep.effort = Effort()
@@ -179,6 +224,7 @@ def main() -> None:
         "ratio_vs_generate": best / speed["generate"],
         "ratio_vllm_vs_reference": speed["ours_vllm"] / speed["reference"],
         "ratio_vllm_vs_reference_tuned": speed["ours_vllm"] / speed["reference_tuned"],
+        "ratio_scorer_vs_prompt_logprobs": speed["scorer"] / speed["prompt_logprobs"],
     }
     print(json.dumps(facts))
 

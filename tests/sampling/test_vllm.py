@@ -107,6 +107,41 @@ def test_on_a_cpu_both_samplers_draw_the_same(folder: Path, tmp_path: Path) -> N
     check_weights(by["vllm"], stages["vllm"], folder)
 
 
+SHARED = """
+import json, sys
+from pathlib import Path
+from boltlm.params import load
+from boltlm.sampling.shards import make_estep
+from boltlm.sampling.vllm_sampler import CPU_BLOCK
+sampler = make_estep(load(Path(sys.argv[1])), Path(sys.argv[2]), purpose="em1").sampler
+seen, generate = [], sampler.model.generate
+def spy(*args, **more):
+    outputs = generate(*args, **more)
+    seen.extend(one.num_cached_tokens for one in outputs)
+    return outputs
+sampler.model.generate = spy
+lengths = [20, CPU_BLOCK, CPU_BLOCK + 1, 2 * CPU_BLOCK + 9]
+prompts = [[10 + (place + place**2 * length) % 200 for place in range(length)] for length in lengths]
+sampler.sample(prompts, [("tests", length) for length in lengths], 4)
+print(json.dumps({"block": CPU_BLOCK, "lengths": lengths, "cached": seen}))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_draws_of_a_prompt_share_its_blocks(folder: Path, tmp_path: Path) -> None:
+    """Every whole block of a prompt, but its last token, is worked on once for all its draws."""
+    made = stage(tmp_path, folder, sampler="vllm")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(made.params))
+    env = {**os.environ, **VLLM, "PYTHONPATH": str(tiny.ROOT / "src")}
+    command = [sys.executable, "-c", SHARED, str(tmp_path / "params.yaml"), str(folder)]
+    done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    block, cached = found["block"], np.reshape(found["cached"], (-1, 4))
+    for length, of_draws in zip(found["lengths"], cached, strict=True):
+        assert of_draws[0] == 0
+        assert (of_draws[1:] == (length - 1) // block * block).all(), (length, of_draws)
+
+
 SEEDED = """
 import sys
 from pathlib import Path
