@@ -13,8 +13,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock
 
 from boltlm.progress import Progress
 
@@ -25,6 +28,41 @@ def work_root(work: Path) -> Path:
     """The work folder, shared by queued experiments: DVC runs them in a copy of the repository
     and tells them in DVC_ROOT where the real one is."""
     return Path(os.environ.get("DVC_ROOT", ".")) / work
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A neighbour to write a file to: on leaving it is flushed to the disk and takes the file's
+    name; on an error nothing is left and what had that name stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, what: str, *, mine: bool = True) -> Iterator[None]:
+    """Hold a folder of unfinished work; another run that wants it waits, and says so. One that
+    dies lets go of it. `mine` false: another process of the same run holds it."""
+    if not mine:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except TimeoutError:
+        print(f"{what}: waiting for another process that makes the same", flush=True)
+        lock.acquire(blocking=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def key(facts: dict[str, Any]) -> str:
@@ -93,9 +131,8 @@ def _checksum(path: Path) -> str:
 
 def seal(path: Path) -> None:
     """Put a finished shard's checksum beside it: from now on it counts."""
-    part = path.with_name(path.name + ".sha256.part")
-    part.write_text(_checksum(path), encoding="utf-8")
-    part.replace(path.with_name(path.name + ".sha256"))
+    with whole(path.with_name(path.name + ".sha256")) as part:
+        part.write_text(_checksum(path), encoding="utf-8")
 
 
 def is_whole(path: Path) -> bool:

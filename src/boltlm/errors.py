@@ -1,5 +1,6 @@
 """What a user can cause, told in one line; `stage` makes it an exit code without a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,13 +13,14 @@ def stage(main: Callable[[], None]) -> None:
     """Run a stage script's `main`.
 
     A `UserError` or an operating-system error (no file, full disk) ends it with one line on
-    standard error and exit code 1; Ctrl-C with 130. Anything else is a defect and keeps its
-    traceback.
+    standard error and exit code 1, said once where a launcher started several processes; Ctrl-C
+    with 130. Anything else is a defect and keeps its traceback.
     """
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)

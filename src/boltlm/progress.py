@@ -20,12 +20,14 @@ def track(items: Iterable[T], *, what: str, total: int | None, unit: str) -> Ite
 
 
 class Progress:
-    """A bar that is advanced by hand; `note` shows a short text (a loss, a cost) beside it."""
+    """A bar that is advanced by hand; `note` shows a short text (a loss, a cost) beside it.
+    `silent`: another process shows it."""
 
-    def __init__(self, *, what: str, total: int | None, unit: str) -> None:
+    def __init__(self, *, what: str, total: int | None, unit: str, silent: bool = False) -> None:
+        self.silent = silent
         self.what, self.total, self.unit, self.done, self.text = what, total, unit, 0, ""
         self.started = self.told = time.monotonic()
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and not silent
         self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True) if terminal else None
 
     def __enter__(self) -> "Progress":
@@ -59,6 +61,8 @@ class Progress:
         return max(SECONDS_BETWEEN_LINES, MOST_OFTEN * (self.told - self.started))
 
     def _line(self) -> None:
+        if self.silent:
+            return
         self.told = time.monotonic()
         seconds = max(self.told - self.started, 1e-9)
         rate = self.done / seconds

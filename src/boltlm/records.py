@@ -7,15 +7,16 @@ made from a corpus, so a shard can be worked on without looking at another.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from boltlm import engine
 from boltlm.errors import UserError
 
 _TOKENS = pa.list_(pa.int32())
@@ -157,7 +158,7 @@ def shard_name(index: int) -> str:
 
 
 def write_shard(path: Path, kind: type[R], records: Iterable[R]) -> None:
-    """Write one shard whole or not at all: to a neighbour first, flushed, then renamed."""
+    """Write one shard whole or not at all."""
     rows = list(records)
     table = pa.table(
         {
@@ -166,16 +167,8 @@ def write_shard(path: Path, kind: type[R], records: Iterable[R]) -> None:
         },
         schema=kind.schema,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with engine.whole(path) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def shards(folder: Path) -> list[Path]:
@@ -189,16 +182,54 @@ def shards(folder: Path) -> list[Path]:
 def read_shard(path: Path, kind: type[R]) -> list[R]:
     """The records of one shard. Raises UserError where a column is missing or of another type."""
     wanted = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
-    schema = pq.read_schema(path)
-    for field in kind.schema:
-        if field.name not in schema.names or schema.field(field.name).type != field.type:
-            raise UserError(f"{path}: column '{field.name}' ({field.type}) is missing or differs")
+    _check(path, kind)
     columns = pq.read_table(path, columns=wanted).to_pydict()
     lists = {field.name for field in kind.schema if pa.types.is_list(field.type)}
     for name in lists:
         columns[name] = [None if value is None else tuple(value) for value in columns[name]]
     rows = zip(*(columns[name] for name in wanted), strict=True)
     return [kind(**dict(zip(wanted, row, strict=True))) for row in rows]
+
+
+def _check(path: Path, kind: type[R]) -> None:
+    schema = pq.read_schema(path)
+    for field in kind.schema:
+        if field.name not in schema.names or schema.field(field.name).type != field.type:
+            raise UserError(f"{path}: column '{field.name}' ({field.type}) is missing or differs")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Columns of one shard as arrays: the ids of row i are `tokens[offsets[i] : offsets[i + 1]]`,
+    none where it has none (`valid` tells it from an empty list)."""
+
+    doc_ids: list[str]
+    chunks: list[int]
+    tokens: np.ndarray
+    offsets: np.ndarray
+    valid: np.ndarray
+
+    def ids(self, row: int) -> np.ndarray:
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+
+def read_tokens(path: Path, kind: type[R], *, only: str | None = None) -> TokenTable:
+    """doc_id, chunk and token ids of one shard, without a Python object for each id; of the rows
+    whose column `only` is true where one is named. Raises UserError as `read_shard` does."""
+    _check(path, kind)
+    columns = ["doc_id", "chunk", "tokens", *([only] if only else [])]
+    table = pq.read_table(path, columns=columns)
+    if only:
+        table = table.filter(table.column(only))
+    found = table.column("tokens").combine_chunks()
+    found = found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
+    return TokenTable(
+        table.column("doc_id").to_pylist(),
+        table.column("chunk").to_pylist(),
+        found.values.to_numpy(zero_copy_only=False),
+        found.offsets.to_numpy(),
+        found.is_valid().to_numpy(zero_copy_only=False),
+    )
 
 
 def read(folder: Path, kind: type[R]) -> Iterator[R]:
@@ -209,14 +240,9 @@ def read(folder: Path, kind: type[R]) -> Iterator[R]:
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write facts as JSON with sorted keys, whole or not at all; NaN and infinities as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in facts.items()
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with engine.whole(path) as part:
         part.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -7,9 +7,11 @@ stages that only need ids start fast.
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from boltlm.errors import UserError
@@ -79,6 +81,14 @@ class TextCoder:
         pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
         encode = self.tokenizer.encode
         return [token for piece in pieces for token in encode(piece, add_special_tokens=False).ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of many texts, on all cores; int32."""
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = [np.array(one.ids, dtype=np.int32) for one in encoded]
+        if not np.isin(np.concatenate(found), list(self._special)).any():
+            return found
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=False)

@@ -7,8 +7,9 @@ logged where it happens, and a cheap last stage reads the metrics files of the w
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,42 @@ def log(experiment: Experiment, place: Store) -> str:
         except MlflowException as error:
             raise UserError(f"MLflow at {place.uri}: {error}") from error
     return run.info.run_id
+
+
+def live(
+    params: Mapping[str, Any], part: str, place: Store
+) -> Callable[[Mapping[str, float]], None]:
+    """A function that logs one line of a part's curve (with its `step`) as soon as there is one,
+    in a run that `log` replaces when all is done. What MLflow refuses is said once and left out:
+    the curve's file has it all. Raises UserError where MLflow cannot be reached at the start."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    with FileLock(place.lock):
+        try:
+            client = MlflowClient(tracking_uri=place.uri)
+            parent = _parent(client, _experiment_id(client, place), params)
+            if old := _existing(client, parent).get(part):
+                client.delete_run(old.info.run_id)
+            tags = {PARENT: parent.info.run_id, PART: part}
+            run = client.create_run(parent.info.experiment_id, run_name=part, tags=tags)
+        except MlflowException as error:
+            raise UserError(f"MLflow at {place.uri}: {error}") from error
+    lost = 0
+
+    def tell(line: Mapping[str, float]) -> None:
+        nonlocal lost
+        step = int(line["step"])
+        points = [(name, value, step) for name, value in line.items() if name != "step"]
+        try:
+            _log(client, run, points, {})
+        except MlflowException as error:
+            lost += 1
+            if lost == 1:
+                print(f"MLflow at {place.uri}: {error}; the run goes on", file=sys.stderr)
+
+    return tell
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -120,4 +120,5 @@ def _curve(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    return [{key: float(value) for key, value in line.items() if value} for line in lines]

@@ -1,5 +1,6 @@
 """The base model: a small Llama made and pretrained here, or a checkpoint; plus four tokens."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from boltlm import engine
 from boltlm.corpus.chunks import encodable
 from boltlm.corpus.split import documents
 from boltlm.errors import UserError
 from boltlm.model import checkpoint
-from boltlm.model.training import COLUMNS, TrainConfig, train
+from boltlm.model.curve import COLUMNS
+from boltlm.model.resume import Checkpoints
+from boltlm.model.runs import CODE, publish
+from boltlm.model.training import TrainConfig, train
 from boltlm.params import build, section
-from boltlm.sequences.layouts import Pair
-from boltlm.sequences.packing import Text, Writer, rows, stream
+from boltlm.sequences import packing, store
+from boltlm.sequences.packing import Source, Writer, pack
 from boltlm.tokens import MARKERS, TextCoder
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -207,19 +212,40 @@ def _pretrain(params: Mapping[str, Any], work: Path, out: Path, csv_path: Path) 
         room=coder.window,
         seed=seed,
     )
-    corpus = [Text(doc.doc_id, (Pair(coder.encode(doc.text), None),)) for doc in found]
-    inputs_RL, labels_RL = rows(
-        stream(writer, corpus, epochs=config.epochs, tokens=None), config.length
-    )
-    facts, kept = train(
-        model,
-        inputs_RL,
-        labels_RL,
-        config.train,
-        seed=seed,
-        csv_path=csv_path,
-        what="train base",
-        work=work,
-    )
-    checkpoint.save(model, out, out, facts)
-    kept.clear()
+
+    def sources(where: Path) -> list[Source]:
+        named = ((document.doc_id, document.text) for document in found)
+        return [Source(store.write(where / "documents", store.encoded(named, coder)), writer)]
+
+    digest = hashlib.blake2b(digest_size=16)
+    for document in found:
+        digest.update(f"{document.doc_id}\0{document.text}\0".encode())
+    facts = {
+        "start": engine.content(out),
+        "documents": digest.hexdigest(),
+        "settings": [config.train.settings(), config.epochs, config.length, seed],
+        "code": engine.code(CODE),
+    }
+    unfinished = work / "train" / engine.key(facts)
+    with engine.alone(unfinished, "train base"):
+        rows = pack(
+            sources,
+            unfinished,
+            length=config.length,
+            seed=seed,
+            vocabulary=config.vocabulary,
+            epochs=config.epochs,
+            tokens=None,
+        )
+        kept = Checkpoints(unfinished, config.train.checkpoint_every, "train base")
+        trained = train(
+            model,
+            rows,
+            config.train,
+            seed=seed,
+            csv_path=csv_path,
+            what="train base",
+            kept=kept,
+        )
+        publish(model, trained, packing.facts(unfinished), unfinished, out, out, continual=False)
+        kept.clear()

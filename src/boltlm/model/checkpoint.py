@@ -39,10 +39,22 @@ def load(folder: Path, precision: Precision = "float32") -> PreTrainedModel:
     return model.to(device()).eval()
 
 
-def save(model: PreTrainedModel, folder: Path, tokenizer_from: Path, facts: dict[str, Any]) -> None:
-    """Write weights (safetensors), config, the tokenizer's files, and `training.json`."""
+def final(folder: Path) -> Path:
+    """Where a model's weights to use lie: of a continual run those after the decay."""
+    return folder / "final" if (folder / "final").is_dir() else folder
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer_from: Path,
+    facts: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights (safetensors; the model's own where none are given), config, the tokenizer's
+    files, and `training.json`."""
     logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     if tokenizer_from != folder:
         for name in TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():

@@ -1,41 +1,26 @@
 """Where a training stands, kept in the work folder so that a killed one goes on at its step."""
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from boltlm import engine
 
 KEPT = 2  # checkpoints: the last one, and the one before for when that is torn
-CODE = ("boltlm.model.training", "boltlm.model.schedules")
-
-
-def key(
-    model: torch.nn.Module, rows: tuple[np.ndarray, np.ndarray], settings: Mapping[str, Any]
-) -> str:
-    """A name for a training by all that it depends on: first weights, rows, settings, code."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
-    for array in rows:
-        digest.update(np.ascontiguousarray(array).data)
-    facts = {"data": digest.hexdigest(), "code": engine.code(CODE), **settings}
-    return engine.key(facts)
+PREDECAY = "predecay.pt"
 
 
 class Checkpoints:
-    """The checkpoints of one training: `step-<n>.pt` with its checksum, written whole or not at
-    all, the last KEPT of them. `every`: steps between two."""
+    """The checkpoints of one training in a folder of its own: `step-<n>.pt` with its checksum,
+    written whole or not at all, the last KEPT of them; and a continual run's state before its
+    decay. `every`: steps between two."""
 
-    def __init__(self, work: Path, name: str, every: int, what: str) -> None:
-        self.folder, self.every, self.what = work / "train" / name, every, what
+    def __init__(self, folder: Path, every: int, what: str) -> None:
+        self.folder, self.every, self.what = folder, every, what
         self.kept = 0  # steps of the last one written
 
     def due(self, steps: int, last: int) -> bool:
@@ -45,15 +30,9 @@ class Checkpoints:
     def save(self, steps: int, state: Mapping[str, Any]) -> None:
         """A disk that takes it not is told and does not end the training."""
         path = self.folder / f"step-{steps:09}.pt"
-        part = path.with_name(path.name + ".part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(dict(state), file)
-            part.replace(path)
-            engine.seal(path)
+            write(path, state)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-            part.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             said = f"no checkpoint at step {steps} ({reason}); the last is of step {self.kept}"
@@ -64,12 +43,17 @@ class Checkpoints:
             old.with_name(old.name + ".sha256").unlink(missing_ok=True)
             old.unlink()
 
-    def latest(self) -> dict[str, Any] | None:
-        """The newest state that is whole; a torn one is told and passed over."""
+    def latest(self, decay: int | None = None) -> dict[str, Any] | None:
+        """The newest state that is whole; a torn one is told and passed over. `decay`: the step
+        at which the state before the decay is kept, which must be there for any state beyond."""
+        lost = decay is not None and not engine.is_whole(self.folder / PREDECAY)
         for path in reversed(self._paths()):
+            steps = int(path.stem.removeprefix("step-"))
+            if lost and steps > (decay or 0):
+                continue
             if engine.is_whole(path):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                self.kept = state["steps"]
+                state = read(path)
+                self.kept = steps
                 print(f"{self.what}: going on behind step {self.kept}", file=sys.stderr)
                 return state
             print(f"{self.what}: {path.name} is torn; looking at the one before", file=sys.stderr)
@@ -81,3 +65,15 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Tensors and plain values, whole and sealed."""
+    with engine.whole(path) as part, part.open("wb") as file:
+        torch.save(dict(state), file)
+    engine.seal(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote, on the CPU; nothing but tensors and plain values is taken from it."""
+    return torch.load(path, map_location="cpu", weights_only=True)

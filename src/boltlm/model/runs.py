@@ -1,25 +1,55 @@
 """One training run of the experiment: an entry of `models` becomes `models/<name>`."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from transformers import PreTrainedModel
+
+from boltlm import engine
 from boltlm.errors import UserError
-from boltlm.model import checkpoint
-from boltlm.model.training import TrainConfig, train
+from boltlm.model import checkpoint, parallel, resume
+from boltlm.model.curve import Live
+from boltlm.model.resume import PREDECAY, Checkpoints
+from boltlm.model.training import Hook, Start, TrainConfig, Trained, of_model, train
 from boltlm.params import build, section
+from boltlm.sequences import packing, store
 from boltlm.sequences.layouts import Format
-from boltlm.sequences.packing import SequenceConfig, Writer, kept_latents, rows, stream, texts
+from boltlm.sequences.packing import Rows, SequenceConfig, Source, Writer
 from boltlm.tokens import TextCoder, most_chunk_tokens
+
+CODE = (
+    "boltlm.seeds",
+    "boltlm.sequences",
+    "boltlm.model.loss",
+    "boltlm.model.schedules",
+    "boltlm.model.training",
+)
+MOMENTS, FACTS = "optimizer.pt", "training.json"
+# What a continual run must share with the one that it goes on from.
+SHARED = (
+    "optimizer",
+    "learning_rate",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "weight_decay",
+    "clip_norm",
+    "batch_rows",
+    "length",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """How long to train. `matched_epochs`: on as many tokens as so many epochs of `data` in the
-    latent format have, whatever the format trained on: the FLOP-matched baseline."""
+    """How long to train, in `epochs` of `data`, `tokens` or `steps`. `matched_epochs`: on as many
+    tokens as so many epochs of `data` in the latent format have, whatever the format trained on:
+    the FLOP-matched baseline."""
 
-    kind: Literal["epochs", "tokens", "matched_epochs"]
+    kind: Literal["epochs", "tokens", "steps", "matched_epochs"]
     amount: int
 
     def __post_init__(self) -> None:
@@ -30,44 +60,126 @@ class Budget:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEntry:
     """Params entry `models.<name>`. `parent`: the model it starts from; `data`: the folder
-    under data/ with the latents (a raw run names its documents, or the latents it is matched
-    to); `train`: what it changes in the section `train`."""
+    under data/ with the latents or paraphrases (a raw run names its documents, or the latents it
+    is matched to); `mix_raw`: share of the tokens that are the corpus's raw documents, beside
+    those of the format; `train`: what it changes in the section `train`."""
 
     parent: str
     corpus: str
     data: str
     format: Format
+    mix_raw: float
     budget: Budget
     train: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mix_raw < 1:
+            raise UserError(f"mix_raw lies in [0, 1), found {self.mix_raw}")
+        if self.mix_raw and self.format == "raw":
+            raise UserError("mix_raw must be 0 for the format raw")
+        if self.budget.kind == "matched_epochs" and self.format == "paraphrase":
+            raise UserError("budget.kind matched_epochs needs latents in `data`, not paraphrases")
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a run reads and writes. `out`: the model's folder; `csv`: its curve; `work`: for what
+    is unfinished."""
+
+    parent: Path
+    chunks: Path
+    data: Path
+    work: Path
+    out: Path
+    csv: Path
 
 
 def run(
     params: Mapping[str, Any],
     name: str,
+    paths: Paths,
     *,
-    parent: Path,
-    chunks: Path,
-    data: Path,
-    work: Path,
-    out: Path,
-    csv_path: Path,
+    hook: Hook | None = None,
+    live: Live | None = None,
 ) -> None:
-    """Train `models.<name>` from `parent` and write it to `out`, its curve to `csv_path`; until
-    then it is kept in `work`."""
-    where = f"models.{name}"
-    entry = build(ModelEntry, section(params, where), where)
+    """Train `models.<name>`. With the schedule `wsd` the output holds `final` and `predecay`, and
+    a parent that holds `predecay` is gone on from there; else the run starts from the parent's
+    weights. Called in every process that the launcher started."""
+    entry, config = settings(params, name)
     sequences = build(SequenceConfig, section(params, "sequences"), "sequences")
-    settings = {**section(params, "train"), **entry.train}
-    config = build(TrainConfig, settings, f"{where}.train over train")
-    seed = section(params, "seed")
-    coder = TextCoder(parent)
+    here = parallel.machine()
+    continual = config.schedule.kind == "wsd"
+    before = paths.parent / "predecay"
+    folder = before if continual and before.is_dir() else checkpoint.final(paths.parent)
+    coder = TextCoder(folder)
     if sequences.length > coder.window:
         raise UserError(
             f"params.yaml: sequences.length {sequences.length} is beyond the window of the base"
             f" model, {coder.window} tokens"
         )
-    needs_latents = entry.format != "raw" or entry.budget.kind == "matched_epochs"
-    corpus = texts(chunks, kept_latents(data) if needs_latents else {})
+    shared = {**config.settings(), "length": sequences.length}
+    start = going_on(before, shared) if folder == before else None
+    key = None
+    if here.is_main_process:
+        facts = {
+            "parent": engine.content(folder),
+            "chunks": engine.content(paths.chunks),
+            "data": engine.content(paths.data) if paths.data.is_dir() else None,
+            "settings": [shared, sequences.layout, section(params, f"models.{name}")],
+            "rest": [section(params, k) for k in ("seed", "context_chunks", "max_latent_tokens")],
+            "code": engine.code(CODE),
+        }
+        key = engine.key(facts)
+    unfinished = paths.work / "train" / str(parallel.told(key))
+    with engine.alone(unfinished, f"train {name}", mine=here.is_main_process):
+        if here.is_main_process:
+            _pack(params, entry, paths, unfinished, coder, config.batch_rows)
+        here.wait_for_everyone()
+        rows = packing.open_rows(unfinished, sequences.length, section(params, "seed"))
+        checkpoint.prepare_cpu()
+        model = checkpoint.load(folder)
+        if start is not None:
+            _check_shapes(model, start, before)
+        kept = Checkpoints(unfinished, config.checkpoint_every, f"train {name}")
+        trained = train(
+            model,
+            rows,
+            config,
+            seed=section(params, "seed"),
+            csv_path=paths.csv,
+            what=f"train {name}",
+            kept=kept,
+            start=start,
+            hook=hook,
+            live=live,
+        )
+        if here.is_main_process:
+            known = {**packing.facts(unfinished), **shared}
+            publish(model, trained, known, unfinished, folder, paths.out, continual=continual)
+            kept.clear()
+        here.wait_for_everyone()
+
+
+def settings(params: Mapping[str, Any], name: str) -> tuple[ModelEntry, TrainConfig]:
+    """The entry `models.<name>`, and the section `train` as it changes it."""
+    where = f"models.{name}"
+    entry = build(ModelEntry, section(params, where), where)
+    changed = {**section(params, "train"), **entry.train}
+    if isinstance(entry.train.get("schedule"), Mapping):
+        changed["schedule"] = {**section(params, "train.schedule"), **entry.train["schedule"]}
+    return entry, build(TrainConfig, changed, f"{where}.train over train")
+
+
+def _pack(
+    params: Mapping[str, Any],
+    entry: ModelEntry,
+    paths: Paths,
+    folder: Path,
+    coder: TextCoder,
+    batch_rows: int,
+) -> Rows:
+    sequences = build(SequenceConfig, section(params, "sequences"), "sequences")
+    seed, budget = section(params, "seed"), entry.budget
 
     def writer(form: Format) -> Writer:
         return Writer(
@@ -79,31 +191,89 @@ def run(
             seed=seed,
         )
 
-    epochs = entry.budget.amount if entry.budget.kind == "epochs" else None
-    tokens = entry.budget.amount if entry.budget.kind == "tokens" else None
-    if entry.budget.kind == "matched_epochs":
-        tokens = len(stream(writer("latent"), corpus, epochs=entry.budget.amount, tokens=None))
-    ids = stream(writer(entry.format), corpus, epochs=epochs, tokens=tokens)
-    checkpoint.prepare_cpu()
-    model = checkpoint.load(parent)
-    inputs_RL, labels_RL = rows(ids, sequences.length)
-    facts, kept = train(
-        model,
-        inputs_RL,
-        labels_RL,
-        config,
+    def sources(where: Path) -> list[Source]:
+        raw = entry.format == "raw" and budget.kind != "matched_epochs"
+        texts = (
+            store.paraphrases(paths.data, coder)
+            if entry.format == "paraphrase"
+            else store.texts(paths.chunks, None if raw else paths.data)
+        )
+        main = store.write(where / "documents", texts)
+        found = [Source(main, writer(entry.format), 1 - entry.mix_raw)]
+        if entry.mix_raw:
+            texts = store.texts(paths.chunks, None)
+            found.append(Source(store.write(where / "raw", texts), writer("raw"), entry.mix_raw))
+        return found
+
+    def tokens(found: Sequence[Source], where: Path) -> int:
+        if budget.kind == "matched_epochs":
+            return Source(found[0].store, writer("latent")).tokens(budget.amount, where)
+        if budget.kind == "steps":
+            return budget.amount * batch_rows * sequences.length + 1
+        return budget.amount
+
+    return packing.pack(
+        sources,
+        folder,
+        length=sequences.length,
         seed=seed,
-        csv_path=csv_path,
-        what=f"train {name}",
-        work=work,
+        vocabulary=coder.tokenizer.get_vocab_size(),
+        epochs=budget.amount if budget.kind == "epochs" else None,
+        tokens=None if budget.kind == "epochs" else tokens,
     )
-    pairs = [pair for text in corpus for pair in text.pairs]
-    facts |= {
-        "documents": len(corpus),
-        "chunks": len(pairs),
-        "chunks_without_latent": sum(pair.latent is None for pair in pairs),
-        "raw_tokens": sum(len(pair.text) for pair in pairs),
-        "latent_tokens": sum(len(pair.latent or ()) for pair in pairs),
-    }
-    checkpoint.save(model, out, parent, facts)
-    kept.clear()
+
+
+def going_on(before: Path, shared: Mapping[str, Any]) -> Start:
+    """What a run goes on from: the state that its parent had before its decay.
+
+    Raises UserError where that one was trained with other settings.
+    """
+    facts = json.loads((before / FACTS).read_text(encoding="utf-8"))
+    differ = [
+        f"{name} ({facts.get(name)} there, {shared[name]} here)"
+        for name in SHARED
+        if facts.get(name) != shared[name]
+    ]
+    if differ:
+        raise UserError(
+            f"{before}: cannot be gone on from, its settings differ: {', '.join(differ)}; give"
+            " both runs the same, or start from its final weights with schedule.kind cosine"
+        )
+    return Start(facts["steps"], facts["tokens"], resume.read(before / MOMENTS))
+
+
+def _check_shapes(model: PreTrainedModel, start: Start, before: Path) -> None:
+    """Raises UserError where the moments are not those of the model's parameters."""
+    wanted = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+    for name, moments in start.optimizers["state"].items():
+        for moment in moments.values():
+            shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else ()
+            if name not in wanted or shape not in ((), (1,), wanted[name]):
+                raise UserError(
+                    f"{before}: {MOMENTS} is of another model: {name} has {list(shape)} there,"
+                    f" {list(wanted.get(name, ()))} in the weights"
+                )
+    if lacking := wanted.keys() - start.optimizers["state"].keys():
+        raise UserError(f"{before}: {MOMENTS} is of another model, it lacks {min(lacking)}")
+
+
+def publish(
+    model: PreTrainedModel,
+    trained: Trained,
+    facts: Mapping[str, Any],
+    unfinished: Path,
+    tokenizer_from: Path,
+    out: Path,
+    *,
+    continual: bool,
+) -> None:
+    """Write the trained model, and a continual run's state before the decay beside it."""
+    told = {**facts, "steps": trained.steps, "tokens": trained.tokens}
+    place = out / "final" if continual else out
+    checkpoint.save(model, place, tokenizer_from, told, trained.weights)
+    if continual:
+        state = resume.read(unfinished / PREDECAY)
+        told |= {"steps": state["steps"], "tokens": state["tokens"]}
+        weights = of_model(state["model"])
+        checkpoint.save(model, out / "predecay", tokenizer_from, told, weights)
+        resume.write(out / "predecay" / MOMENTS, state["optimizers"])

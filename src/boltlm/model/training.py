@@ -1,37 +1,60 @@
 """Rows become a checkpoint: next-token cross-entropy on every token.
 
-Shapes: B rows, L positions, V vocabulary.
+Shapes: B rows, L positions.
 """
 
-import csv
 import math
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from boltlm.errors import UserError
-from boltlm.model import resume
-from boltlm.model.resume import Checkpoints
+from boltlm.model import flops, parallel, resume
+from boltlm.model.curve import Curve, Live
+from boltlm.model.loss import CausalLoss, check_head
+from boltlm.model.resume import PREDECAY, Checkpoints
 from boltlm.model.schedules import Schedule, learning_rate
 from boltlm.progress import Progress
 from boltlm.seeds import generator
-from boltlm.sequences.packing import IGNORED
+from boltlm.sequences.packing import IGNORED, Rows
 
-COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds")
+EXPLODED = 2.0  # times the loss of a uniform guess, and of the first step
+# How the same training is carried out; numbers hang on it by their last bits at most.
+HOW = (
+    "micro_rows",
+    "activation_checkpointing",
+    "compile",
+    "log_every",
+    "checkpoint_every",
+    "evaluate",
+    "live",
+)
+Hook = Callable[[PreTrainedModel], Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class During:
+    """Held-out measures in the curve: every so many steps, of so many documents, with K draws."""
+
+    every: int
+    documents: int
+    k_samples: int
+
+    def __post_init__(self) -> None:
+        positive(self, "every", "documents", "k_samples")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Params sections `train` and `base.train`. `batch_rows`: sequences a step; `muon` takes
+    """Params sections `train` and `base.train`. `batch_rows`: sequences a step, over all
+    processes; `micro_rows`: of them at once in a process (null: all of its share); `muon` takes
     the matrices of the layers and leaves embeddings, output and norms to AdamW; `log_every` and
-    `checkpoint_every`: steps."""
+    `checkpoint_every`: steps; `live`: whether each line of the curve goes to MLflow at once."""
 
     optimizer: Literal["adamw", "muon"]
     learning_rate: float
@@ -41,15 +64,51 @@ class TrainConfig:
     weight_decay: float
     clip_norm: float
     batch_rows: int
+    micro_rows: int | None
     precision: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool
+    compile: bool
     schedule: Schedule
     log_every: int
     checkpoint_every: int
+    evaluate: During | None
+    live: bool
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "clip_norm", "batch_rows", "log_every", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, found {getattr(self, name)}")
+        positive(self, "learning_rate", "clip_norm", "batch_rows", "micro_rows", "log_every")
+        positive(self, "checkpoint_every")
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers hang on, JSON-ready."""
+        return {name: value for name, value in asdict(self).items() if name not in HOW}
+
+
+def positive(config: object, *names: str) -> None:
+    """Raises UserError where one of the named fields is 0 or less."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{name} must be above 0, found {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a continual run goes on from: its ancestors' steps and tokens, and the moments that
+    the optimisers had before the last decay."""
+
+    steps: int
+    tokens: int
+    optimizers: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Steps and tokens, those of ancestors included. `weights`: of a sharded model, gathered in
+    the main process; null where the model itself holds them."""
+
+    steps: int
+    tokens: int
+    weights: dict[str, torch.Tensor] | None
 
 
 def optimizers(model: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -83,158 +142,197 @@ def optimizers(model: torch.nn.Module, config: TrainConfig) -> list[torch.optim.
 
 def train(
     model: PreTrainedModel,
-    inputs_RL: np.ndarray,
-    labels_RL: np.ndarray,
+    rows: Rows,
     config: TrainConfig,
     *,
     seed: int,
     csv_path: Path | None,
     what: str,
-    work: Path,
-) -> tuple[dict[str, Any], Checkpoints]:
-    """Train `model` in place on all rows, once, in a shuffled order; return steps and tokens, and
-    the checkpoints in `work`, to be cleared when the model is saved.
+    kept: Checkpoints,
+    start: Start | None = None,
+    hook: Hook | None = None,
+    live: Live | None = None,
+) -> Trained:
+    """Train `model` in place on all rows, once.
 
-    The stream already holds its epochs, so a row is seen once. A training that was killed goes on
-    behind its last checkpoint, with the numbers that it would have had. Raises UserError when the
-    loss stops being a number.
+    In one process or in as many as the launcher started, with the same numbers. A training that
+    was killed goes on behind its last checkpoint in `kept`, which the caller clears when the model
+    is saved. With the schedule `wsd`, the state before the decay is kept there as PREDECAY. `hook`
+    measures the model as `evaluate` says, and at the end. Raises UserError when the loss
+    stops being a number or explodes; the last good checkpoint stays.
     """
-    torch.manual_seed(seed)
-    name = resume.key(model, (inputs_RL, labels_RL), {**asdict(config), "seed": seed})
-    kept = Checkpoints(work, name, config.checkpoint_every, what)
-    mixed = "bf16" if config.precision == "bfloat16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed)
-    model.train()
-    prepared = accelerator.prepare(model)
-    steppers = optimizers(model, config)
-    order = generator(seed, "rows").permutation(len(inputs_RL))
-    steps = math.ceil(len(order) / config.batch_rows)
-    state = kept.latest()
-    first = state["steps"] if state else 0
-    left = labels_RL[order[first * config.batch_rows :]]
+    here = parallel.machine()
+    steps = math.ceil(len(rows) / config.batch_rows)
+    schedule, warm = config.schedule, start is not None
+    decay = schedule.decay_start(steps) if schedule.kind == "wsd" else None
+    warmup = 0.0 if warm else schedule.warmup_steps(steps)
+    if decay is not None and (decay == 0 or warmup > decay):
+        raise UserError(
+            f"{what}: {steps} steps are too few for the schedule: the decay begins behind step"
+            f" {decay}, the warm-up takes {warmup:.0f}"
+        )
+    if config.evaluate and parallel.sharded():
+        raise UserError(
+            "train.evaluate: not with FSDP, whose weights lie in pieces; set it to null"
+        )
+    module, steppers, device = *_prepared(model, config), here.device
+    state = kept.latest(decay) if here.is_main_process else None
+    known = parallel.told(state and {"steps": state["steps"], "log": state["log"]})
+    begun = known["steps"] if known else 0
+    if known:
+        parallel.restore(module, steppers, state or {})
+    elif start is not None:
+        parallel.restore(module, steppers, {"optimizers": start.optimizers})
+    share = flops.per_token(model, rows.length) / (
+        flops.peak(device, getattr(torch, config.precision)) * here.num_processes
+    )
     with (
-        _Log(csv_path, state["log"] if state else None) as log,
-        Progress(what=what, total=int((left != IGNORED).sum()), unit="tokens") as progress,
+        Curve(
+            csv_path if here.is_main_process else None,
+            every=config.log_every,
+            steps=start.steps if start else 0,
+            tokens=start.tokens if start else 0,
+            before=known["log"] if known else None,
+            live=live if here.is_main_process else None,
+        ) as curve,
+        Progress(
+            what=what,
+            total=rows.predicted(begun, config.batch_rows),
+            unit="tokens",
+            silent=not here.is_main_process,
+        ) as progress,
     ):
-        if state:
-            _restore(state, model, steppers)
-        for step in range(first, steps):
-            rows = order[step * config.batch_rows : (step + 1) * config.batch_rows]
-            rate = learning_rate(config.schedule, config.learning_rate, step, steps)
-            for stepper in steppers:
-                for group in stepper.param_groups:
-                    group["lr"] = rate
-            inputs_BL = torch.from_numpy(inputs_RL[rows]).to(accelerator.device)
-            labels_BL = torch.from_numpy(labels_RL[rows]).to(accelerator.device)
-            with accelerator.autocast():
-                logits_BLV = prepared(input_ids=inputs_BL, use_cache=False).logits
-            loss = cross_entropy(
-                logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), ignore_index=IGNORED
+        for step in range(begun, steps):
+            if step == decay:
+                _keep(kept.folder / PREDECAY, module, steppers, curve)
+            rate = learning_rate(schedule, config.learning_rate, step, steps, warm=warm)
+            for group in (group for stepper in steppers for group in stepper.param_groups):
+                group["lr"] = rate
+            torch.manual_seed(
+                int(generator(seed, "step", step, here.process_index).integers(2**62))
             )
-            accelerator.backward(loss)
-            norm: Any = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            loss, tokens = _gradients(module, rows.batch(step, config.batch_rows), config)
+            norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            _check(loss, norm, curve, model.config.vocab_size, what, kept)
             for stepper in steppers:
                 stepper.step()
                 stepper.zero_grad()
-            tokens = int((labels_RL[rows] != IGNORED).sum())
-            value = loss.item()
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{what}: loss is {value} at step {step + 1}; lower train.learning_rate"
-                )
-            log.add(
-                tokens, value, rate, float(norm), last=step == steps - 1, every=config.log_every
+            last = step == steps - 1
+            measured: Mapping[str, float] = {}
+            if hook and config.evaluate and (last or (step + 1) % config.evaluate.every == 0):
+                with curve.paused():
+                    measured = _measured(model, hook)
+            curve.add(
+                tokens,
+                loss,
+                rate=rate,
+                norm=norm,
+                flops=share,
+                memory=lambda: flops.memory_mib(device),
+                heldout=measured,
+                last=last,
             )
             if kept.due(step + 1, steps):
-                kept.save(step + 1, _state(step + 1, model, steppers, log))
-            progress.note(f"loss {value:.3f}")
+                found = parallel.state(module, steppers)
+                if here.is_main_process:
+                    kept.save(step + 1, {"steps": step + 1, "log": curve.state(), **found})
+            progress.note(f"loss {loss:.3f}")
             progress.advance(tokens)
+    weights = parallel.state(module, steppers)["model"] if parallel.sharded() else None
+    if weights is not None:
+        weights = of_model(weights)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
-    return {"steps": steps, "tokens": log.tokens}, kept
+    return Trained(curve.step, curve.tokens, weights)
 
 
-def _state(
-    steps: int, model: PreTrainedModel, steppers: list[torch.optim.Optimizer], log: "_Log"
-) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "model": model.state_dict(),
-        "optimizers": [stepper.state_dict() for stepper in steppers],
-        "random": torch.get_rng_state(),
-        "random_gpus": torch.cuda.get_rng_state_all(),
-        "log": log.state(),
-    }
+def of_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names that they have in the model, not in the loss around it."""
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
-def _restore(
-    state: dict[str, Any], model: PreTrainedModel, steppers: list[torch.optim.Optimizer]
-) -> None:
-    model.load_state_dict(state["model"])
-    for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-        stepper.load_state_dict(saved)
-    torch.set_rng_state(state["random"])
-    torch.cuda.set_rng_state_all(state["random_gpus"])
+def _prepared(
+    model: PreTrainedModel, config: TrainConfig
+) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
+    check_head(model)
+    model.train()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for block in parallel.blocks(model):
+            block.compile()
+    module = parallel.spread(CausalLoss(model), model)
+    return module, optimizers(model, config)
 
 
-class _Log:
-    """`metrics/train/<name>.csv`: one line every n steps, the loss averaged over its tokens.
-    `before`: the `state` of a log to go on with."""
-
-    def __init__(self, path: Path | None, before: dict[str, Any] | None = None) -> None:
-        self.path = path
-        self.lines: list[list[str]] = before["lines"] if before else []
-        self.step: int = before["step"] if before else 0
-        self.tokens: int = before["tokens"] if before else 0
-        self.sum: float = before["sum"] if before else 0.0
-        self.since: int = before["since"] if before else 0
-        self.told = time.monotonic()
-        self.started = self.told - (before["seconds"] if before else 0.0)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "lines": self.lines,
-            "step": self.step,
-            "tokens": self.tokens,
-            "sum": self.sum,
-            "since": self.since,
-            "seconds": time.monotonic() - self.started,
-        }
-
-    def __enter__(self) -> "_Log":
-        self.file = None
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("w", newline="", encoding="utf-8")
-            self.csv = csv.writer(self.file)
-            self.csv.writerows([COLUMNS, *self.lines])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def add(
-        self, tokens: int, loss: float, rate: float, norm: float, *, last: bool, every: int
-    ) -> None:
-        self.step += 1
-        self.tokens += tokens
-        self.since += tokens
-        self.sum += loss * tokens
-        if not (last or self.step % every == 0):
-            return
-        now = time.monotonic()
-        speed = self.since / max(now - self.told, 1e-9)
-        loss = self.sum / self.since
-        line = [
-            f"{self.step}",
-            f"{self.tokens}",
-            f"{loss:.6f}",
-            f"{rate:.6g}",
-            f"{norm:.4f}",
-            f"{speed:.0f}",
-            f"{now - self.started:.1f}",
+def _gradients(
+    module: torch.nn.Module, batch: tuple[np.ndarray, np.ndarray], config: TrainConfig
+) -> tuple[float, int]:
+    """Leave in the parameters the gradient of the batch's mean loss; return that and its tokens.
+    Every process takes its share of the rows, the same number of them, empty ones if need be."""
+    here = parallel.machine()
+    inputs_BL, labels_BL = batch
+    tokens = int((labels_BL != IGNORED).sum())
+    world = here.num_processes
+    share = -(-len(inputs_BL) // world)
+    mine = [array[here.process_index :: world] for array in (inputs_BL, labels_BL)]
+    lacking = share - len(mine[0])
+    if lacking:
+        mine = [
+            np.pad(array, ((0, lacking), (0, 0)), constant_values=fill)
+            for array, fill in zip(mine, (0, IGNORED), strict=True)
         ]
-        self.lines.append(line)
-        if self.file is not None:
-            self.csv.writerow(line)
-        self.told, self.sum, self.since = now, 0.0, 0
+    inputs, labels = (torch.from_numpy(array).to(here.device) for array in mine)
+    size = config.micro_rows or share
+    total = torch.zeros((), device=here.device)
+    for first in range(0, share, size):
+        mixed = torch.autocast(
+            here.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+        )
+        with parallel.accumulating(module, first + size >= share):
+            with mixed:
+                loss = module(inputs[first : first + size], labels[first : first + size])
+            (loss * (world / tokens)).backward()
+        total += loss.detach()
+    return float(parallel.added_up(total)) / tokens, tokens
+
+
+def _seed(seed: int, step: int) -> int:
+    """Of a step's dropout in this process, so that no state of it need be kept."""
+    process = parallel.machine().process_index
+    return int(generator(seed, "step", step, process).integers(2**62))
+
+
+def _keep(
+    path: Path, module: torch.nn.Module, steppers: list[torch.optim.Optimizer], curve: Curve
+) -> None:
+    """The state before the decay, for the run that goes on from there."""
+    found = parallel.state(module, steppers)
+    if parallel.machine().is_main_process:
+        resume.write(path, {"steps": curve.step, "tokens": curve.tokens, **found})
+
+
+def _check(
+    loss: float, norm: float, curve: Curve, vocabulary: int, what: str, kept: Checkpoints
+) -> None:
+    """Raises UserError before a step that would spoil the weights."""
+    guess = math.log(vocabulary)
+    most = EXPLODED * max(guess, guess if curve.first is None else curve.first)
+    good = math.isfinite(loss) and math.isfinite(norm)
+    if good and (curve.first is None or loss <= most):
+        return
+    fault = f"loss is {loss:.4g}" if not math.isfinite(loss) or good else f"gradient is {norm}"
+    left = f"; the checkpoint of step {kept.kept} is in {kept.folder}" if kept.kept else ""
+    raise UserError(f"{what}: {fault} at step {curve.step + 1}{left}; lower train.learning_rate")
+
+
+def _measured(model: PreTrainedModel, hook: Hook) -> dict[str, float]:
+    """The hook's measures, taken by the main process while the others wait."""
+    found: dict[str, float] = {}
+    if parallel.machine().is_main_process:
+        model.eval()
+        found = dict(hook(model))
+        model.train()
+    return parallel.told(found)

@@ -107,7 +107,7 @@ def run(
     config = build(SamplingConfig, section(params, "sampling"), "sampling")
     facts = {
         "purpose": name,
-        "model": engine.content(model),
+        "model": engine.content(checkpoint.final(model)),
         "chunks": engine.content(chunks),
         "sampling": config.drawing,
         "code": engine.code(CODE),
@@ -157,6 +157,7 @@ def _rates(efforts: Sequence[Effort]) -> dict[str, float]:
 def make_estep(params: Mapping[str, Any], model: Path, *, purpose: str) -> EStep:
     """An E-step with the model in a folder; `purpose` keys its random numbers."""
     checkpoint.prepare_cpu()
+    model = checkpoint.final(model)
     config = build(SamplingConfig, section(params, "sampling"), "sampling")
     coder = TextCoder(model)
     length, seed = section(params, "max_latent_tokens"), section(params, "seed")

@@ -10,7 +10,7 @@ from typing import Literal
 from boltlm.tokens import Markers
 
 Ids = Sequence[int]
-Format = Literal["latent", "raw", "mixed"]
+Format = Literal["latent", "raw", "mixed", "paraphrase"]
 Layout = Literal["document", "chunk"]
 
 
@@ -66,9 +66,9 @@ def document(m: Markers, pairs: Sequence[Pair], prior_modes: Sequence[bool]) -> 
     return [*tokens, m.eos]
 
 
-def raw(m: Markers, texts: Sequence[Ids]) -> list[int]:
-    """BOS text EOS."""
-    return [m.bos, *(token for text in texts for token in text), m.eos]
+def raw(m: Markers, text: Ids) -> list[Ids]:
+    """BOS text EOS, the three to be joined: a text may be an array."""
+    return [[m.bos], text, [m.eos]]
 
 
 def context(texts: Sequence[Ids], chunks: int, room: int) -> list[int]:

@@ -1,24 +1,30 @@
 """Documents become one long stream of tokens, and the stream fixed-length training rows.
 
 Order, coins and rows depend on (seed, epoch, document) alone; no token is dropped, none is
-padded but in the last row.
+padded but in the last row. Stream and orders are memory-mapped files: memory does not grow with
+the corpus, and the rows of any step are found from the seed and the step.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
+from boltlm import engine
 from boltlm.errors import UserError
-from boltlm.records import Chunk, Sample, TeacherLatent, read, read_shard, shards
 from boltlm.seeds import generator, uniform
 from boltlm.sequences import layouts
-from boltlm.sequences.layouts import Format, Layout, Pair
+from boltlm.sequences.layouts import Format, Ids, Layout
+from boltlm.sequences.store import PLACES, Store
 from boltlm.tokens import Markers
 
 IGNORED = -100
-Latents = Mapping[tuple[str, int], Sequence[int]]
+PIECE = 1 << 20  # numbers written at once
+FACTS = "facts.json"  # written last: a folder without it is not finished
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,52 +39,10 @@ class SequenceConfig:
             raise UserError(f"length must be 2 or more tokens, found {self.length}")
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document's id and its chunks with their latents."""
-
-    doc_id: str
-    pairs: tuple[Pair, ...]
-
-
-def kept_latents(folder: Path) -> dict[tuple[str, int], tuple[int, ...]]:
-    """The latent of each chunk, by (doc_id, chunk): the selected samples of `data/latents/…`, or
-    what the teacher wrote in `data/teacher/…`. Raises UserError for another kind of table."""
-    kept: dict[tuple[str, int], tuple[int, ...]] = {}
-    for path in shards(folder):
-        if folder.parent.name == "teacher":
-            for latent in read_shard(path, TeacherLatent):
-                if latent.tokens is not None:
-                    kept[latent.doc_id, latent.chunk] = latent.tokens
-        elif folder.parent.name == "latents":
-            for sample in read_shard(path, Sample):
-                if sample.selected:
-                    kept[sample.doc_id, sample.chunk] = sample.tokens
-        else:
-            raise UserError(f"{folder}: latents come from data/latents/… or data/teacher/…")
-    return kept
-
-
-def texts(chunks: Path, latents: Latents) -> list[Text]:
-    """The documents of a corpus, each chunk with its latent where it has one.
-
-    Raises UserError when latents are given and none of them belongs to the corpus.
-    """
-    found: dict[str, list[Pair]] = {}
-    matched = 0
-    for chunk in read(chunks, Chunk):
-        latent = latents.get((chunk.doc_id, chunk.chunk))
-        matched += latent is not None
-        found.setdefault(chunk.doc_id, []).append(Pair(chunk.tokens, latent))
-    if latents and not matched:
-        raise UserError(f"{chunks}: no latent belongs to a chunk of this corpus; see params.yaml")
-    return [Text(doc_id, tuple(pairs)) for doc_id, pairs in found.items()]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Writer:
-    """Writes documents as tokens in one format. `room`: what the window leaves to a context and
-    its chunk together, in tokens, as in the E-step."""
+    """Writes documents as runs of tokens in one format. `room`: what the window leaves to a
+    context and its chunk together, in tokens, as in the E-step."""
 
     markers: Markers
     form: Format
@@ -87,64 +51,199 @@ class Writer:
     room: int
     seed: int
 
-    def prior_modes(self, text: Text, epoch: int) -> list[bool]:
+    def prior_modes(self, doc_id: str, chunks: int, epoch: int) -> list[bool]:
         """A fair coin for each chunk, keyed to (seed, epoch, document, chunk)."""
-        return [
-            uniform(self.seed, "mode", epoch, text.doc_id, index) < 0.5
-            for index in range(len(text.pairs))
-        ]
+        return [self.prior_mode(doc_id, index, epoch) for index in range(chunks)]
 
-    def write(self, text: Text, epoch: int) -> list[list[int]]:
-        """The token runs that stand for one document in one epoch."""
-        m = self.markers
-        if self.form == "raw":
-            return [layouts.raw(m, [pair.text for pair in text.pairs])]
+    def prior_mode(self, doc_id: str, index: int, epoch: int) -> bool:
+        return uniform(self.seed, "mode", epoch, doc_id, index) < 0.5
+
+    def runs(self, store: Store) -> int:
+        """How many runs an epoch has; run i stands for document i, for chunk i in the layout
+        `chunk`, and when mixed for chunk i or, beyond, for one of the latents."""
         if self.form == "mixed":
-            thoughts = [[m.bos, *pair.latent, m.eos] for pair in text.pairs if pair.latent]
-            return [[m.bos, *pair.text, m.eos] for pair in text.pairs] + thoughts
-        modes = self.prior_modes(text, epoch)
-        if self.layout == "document":
-            return [layouts.document(m, text.pairs, modes)]
-        return [self._row(text, index, modes[index]) for index in range(len(text.pairs))]
+            return 2 * store.chunks
+        by_chunk = self.form == "latent" and self.layout == "chunk"
+        return store.chunks if by_chunk else len(store)
 
-    def _row(self, text: Text, index: int, prior_mode: bool) -> list[int]:
-        pair = text.pairs[index]
-        before = [earlier.text for earlier in text.pairs[:index]]
+    def run(self, store: Store, index: int, epoch: int) -> list[Ids]:
+        """One run of an epoch, in pieces to be joined; none for a latent that is not there."""
+        m = self.markers
+        if self.form == "mixed":
+            if index < store.chunks:
+                return layouts.raw(m, store.text(index, index + 1))
+            latent = store.latent(index - store.chunks)
+            return layouts.raw(m, latent) if latent else []
+        if self.form == "latent" and self.layout == "chunk":
+            return [self._row(store, index, epoch)]
+        first, end = store.documents[index : index + 2]
+        if self.form in ("raw", "paraphrase"):
+            return layouts.raw(m, store.text(first, end))
+        modes = self.prior_modes(store.name(index), end - first, epoch)
+        return [layouts.document(m, [store.pair(chunk) for chunk in range(first, end)], modes)]
+
+    def _row(self, store: Store, chunk: int, epoch: int) -> list[int]:
+        document = store.document_of(chunk)
+        first, end = (int(place) for place in store.documents[document : document + 2])
+        pair = store.pair(chunk)
+        before = [
+            store.text(earlier, earlier + 1).tolist()
+            for earlier in range(max(first, chunk - self.context_chunks), chunk)
+        ]
         context = layouts.context(before, self.context_chunks, self.room - len(pair.text))
-        last = index == len(text.pairs) - 1
-        return layouts.row(self.markers, context, pair, prior_mode, last)
-
-    def epoch(self, corpus: Sequence[Text], epoch: int) -> np.ndarray:
-        """All tokens of one epoch, int32: every run once, runs in this epoch's order."""
-        runs = [run for text in corpus for run in self.write(text, epoch)]
-        order = generator(self.seed, "epoch", epoch).permutation(len(runs))
-        return np.concatenate([np.asarray(runs[i], dtype=np.int32) for i in order])
+        prior_mode = self.prior_mode(store.name(document), chunk - first, epoch)
+        return layouts.row(self.markers, context, pair, prior_mode, chunk == end - 1)
 
 
-def stream(
-    writer: Writer, corpus: Sequence[Text], *, epochs: int | None, tokens: int | None
-) -> np.ndarray:
-    """The training stream, int32: so many whole epochs, or so many tokens of as many epochs as
-    they take."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Stored documents, how they are written, and their share of the stream's tokens."""
+
+    store: Store
+    writer: Writer
+    weight: float = 1.0
+
+    def epoch(self, epoch: int, scratch: Path) -> Iterator[np.ndarray]:
+        """The runs of one epoch, int32, in its order, every one once."""
+        for index in _shuffled(
+            self.writer.runs(self.store),
+            generator(self.writer.seed, "epoch", epoch),
+            scratch,
+        ):
+            pieces = self.writer.run(self.store, int(index), epoch)
+            if pieces:
+                yield np.concatenate(pieces, dtype=np.int32, casting="same_kind")
+
+    def epochs(self, scratch: Path) -> Iterator[tuple[int, np.ndarray]]:
+        """Epoch and run, for ever."""
+        if not self.writer.runs(self.store):
+            raise UserError("the corpus has no documents; see params.yaml")
+        epoch = 0
+        while True:
+            for run in self.epoch(epoch, scratch):
+                yield epoch, run
+            epoch += 1
+
+    def tokens(self, epochs: int, scratch: Path) -> int:
+        """How many tokens so many epochs have."""
+        return sum(len(run) for epoch in range(epochs) for run in self.epoch(epoch, scratch))
+
+
+def _shuffled(count: int, random: np.random.Generator, folder: Path) -> np.ndarray:
+    """0 … count − 1 in the order of `random.permutation`, in a file without a name, whose pages
+    the system may drop from memory."""
+    with TemporaryFile(dir=folder) as file:
+        mapped = np.memmap(file, PLACES, mode="w+", shape=(max(count, 1),))
+    order = np.asarray(mapped)[:count]
+    for start in range(0, count, PIECE):
+        order[start : start + PIECE] = np.arange(start, min(start + PIECE, count))
+    random.shuffle(order)
+    return order
+
+
+def interleave(
+    sources: Sequence[Source], scratch: Path, epochs: int | None
+) -> Iterator[np.ndarray]:
+    """Runs of the sources, each time from the one that is furthest behind its weight; ends when
+    the first source has had so many epochs, or never."""
+    endless = [source.epochs(scratch) for source in sources]
+    written = [0.0] * len(sources)
+    while True:
+        place = min(range(len(sources)), key=lambda i: written[i] / sources[i].weight)
+        epoch, run = next(endless[place])
+        if place == 0 and epoch == epochs:
+            return
+        written[place] += len(run)
+        yield run
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The training rows of a stream that `pack` wrote, in their shuffled order."""
+
+    tokens: np.ndarray
+    length: int
+    order: np.ndarray
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batch(self, step: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs_BL, labels_BL), int64, of step `step` with `count` rows a step, fewer in the
+        last. Already shifted: labels[b, i] follows inputs[b, i]. Every token but the stream's
+        very first is predicted once; the stream's end is padded, inputs with 0, labels with
+        IGNORED."""
+        rows = self.order[step * count : (step + 1) * count]
+        both = np.full((len(rows), self.length + 1), IGNORED, dtype=np.int64)
+        for place, row in enumerate(rows):
+            found = self.tokens[row * self.length : (row + 1) * self.length + 1]
+            both[place, : len(found)] = found
+        inputs, labels = both[:, :-1], both[:, 1:]
+        return np.where(inputs == IGNORED, 0, inputs), labels
+
+    def predicted(self, first_step: int, count: int) -> int:
+        """How many tokens are predicted from a step on."""
+        left = self.order[first_step * count :]
+        if not len(left):
+            return 0
+        last = len(self.order) - 1
+        short = len(self) * self.length - (len(self.tokens) - 1)
+        return len(left) * self.length - (short if (left == last).any() else 0)
+
+
+def pack(
+    sources: Callable[[Path], Sequence[Source]],
+    folder: Path,
+    *,
+    length: int,
+    seed: int,
+    vocabulary: int,
+    epochs: int | None,
+    tokens: Callable[[Sequence[Source], Path], int] | int | None,
+) -> Rows:
+    """The rows of so many epochs of the first source, or of so many tokens; built in `folder`
+    where they are not there yet from the sources that the call stores there."""
     if (epochs is None) == (tokens is None):
         raise UserError("a budget is either epochs or tokens")
-    parts: list[np.ndarray] = []
+    if not (folder / FACTS).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sources(folder)
+        most = tokens(found, folder) if callable(tokens) else tokens
+        _write(found, folder, epochs, most, np.dtype(np.uint16 if vocabulary <= 1 << 16 else "i4"))
+    return open_rows(folder, length, seed)
+
+
+def _write(
+    sources: Sequence[Source], folder: Path, epochs: int | None, most: int | None, dtype: np.dtype
+) -> None:
+    """Write the stream, its digest and its facts."""
+    digest = hashlib.blake2b(digest_size=16)
     total = 0
-    while (epochs is not None and len(parts) < epochs) or (tokens is not None and total < tokens):
-        parts.append(writer.epoch(corpus, len(parts)))
-        total += len(parts[-1])
-    return np.concatenate(parts)[:tokens]
+    with (folder / "stream").open("wb") as file:
+        for run in interleave(sources, folder, epochs):
+            left = run if most is None else run[: most - total]
+            data = left.astype(dtype).tobytes()
+            file.write(data)
+            digest.update(data)
+            total += len(left)
+            if total == most:
+                break
+    facts = {"tokens": total, "dtype": dtype.str, "digest": digest.hexdigest()}
+    facts |= sources[0].store.facts()
+    with engine.whole(folder / FACTS) as part:
+        part.write_text(json.dumps(facts), encoding="utf-8")
 
 
-def rows(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs_RL, labels_RL) of the stream, already shifted: labels[r, i] follows inputs[r, i].
+def facts(folder: Path) -> dict[str, int | str]:
+    """What is known of a packed folder: its tokens, and the first source's counts."""
+    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
-    Every token but the very first is predicted once. The last row is padded: inputs with 0,
-    labels with IGNORED.
-    """
-    count = -(-(len(tokens) - 1) // length)
-    padded = np.full(count * length + 1, IGNORED, dtype=np.int64)
-    padded[: len(tokens)] = tokens
-    labels = padded[1:].reshape(count, length)
-    inputs = padded[:-1].reshape(count, length)
-    return np.where(inputs == IGNORED, 0, inputs), labels
+
+def open_rows(folder: Path, length: int, seed: int) -> Rows:
+    """The rows of a packed folder, in the order of (seed)."""
+    known = facts(folder)
+    stream = np.asarray(np.memmap(folder / "stream", np.dtype(known["dtype"]), mode="r"))
+    count = -(-(len(stream) - 1) // length)
+    order = _shuffled(count, generator(seed, "rows"), folder)
+    return Rows(stream, length, order, str(known["digest"]))
