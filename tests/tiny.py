@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from boltlm.corpus import generated, sources
 from boltlm.model.schedules import Schedule
-from boltlm.model.training import TrainConfig
+from boltlm.model.settings import TrainConfig
 from boltlm.params import build, load
 from boltlm.sampling.estep import SamplingConfig
+from boltlm.seeds import generator
+from boltlm.sequences.packing import Rows
 from boltlm.tokens import EOL, MARKERS, POST, PRIOR, SOL, Markers, TextCoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +148,16 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def schedule(**changes: Any) -> Schedule:
+    values: dict[str, Any] = {
+        "kind": "cosine",
+        "warmup": 0.2,
+        "decay_fraction": 0.15,
+        "least_ratio": 0.1,
+    }
+    return Schedule(**{**values, **changes})
+
+
 def train_config(**changes: Any) -> TrainConfig:
     """AdamW in float32; `changes` name other fields."""
     values: dict[str, Any] = {
@@ -157,11 +170,23 @@ def train_config(**changes: Any) -> TrainConfig:
         "clip_norm": 1.0,
         "batch_rows": 3,
         "precision": "float32",
-        "schedule": Schedule(kind="cosine", warmup_fraction=0.2, least_ratio=0.1),
+        "micro_rows": None,
+        "activation_checkpointing": False,
+        "compile": False,
+        "schedule": schedule(),
         "log_every": 1,
         "checkpoint_every": 1000,
+        "evaluate": None,
+        "live": False,
     }
     return TrainConfig(**{**values, **changes})
+
+
+def rows(stream: np.ndarray, length: int, seed: int) -> Rows:
+    """The training rows of a stream in memory."""
+    count = -(-(len(stream) - 1) // length)
+    order = generator(seed, "rows").permutation(count)
+    return Rows(stream, length, order, "tests")
 
 
 def sampling_config(**changes: Any) -> SamplingConfig:

@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from boltlm import engine
-from boltlm.model import resume, training
-from boltlm.model.resume import Checkpoints
+from boltlm.model import resume
+from boltlm.model.curve import Curve
+from boltlm.model.resume import PREDECAY, Checkpoints
 from boltlm.params import load
 from boltlm.records import Chunk, write_shard
 from tests import tiny
@@ -33,24 +34,24 @@ class KilledError(Exception):
 
 def killed_after(steps: int, config: Any, path: Path, work: Path) -> None:
     """Trains and ends like a killed process: after the step, before its checkpoint."""
-    add = training._Log.add
+    add = Curve.add
 
     def dying(self: Any, *args: Any, **named: Any) -> None:
         add(self, *args, **named)
         if self.step == steps:
             raise KilledError
 
-    training._Log.add = dying
+    Curve.add = dying
     try:
         with pytest.raises(KilledError):
             run(config, path, work)
     finally:
-        training._Log.add = add
+        Curve.add = add
 
 
 def curve(path: Path) -> list[dict[str, float]]:
     """What does not hang on the clock."""
-    clock = ("tokens_per_second", "seconds")
+    clock = ("tokens_per_second", "seconds", "utilisation", "memory_mib")
     return [{k: v for k, v in row.items() if k not in clock} for row in read(path)]
 
 
@@ -74,14 +75,32 @@ def test_it_goes_on_bit_for_bit(optimizer: str, every: int, steps: int, tmp_path
 
 
 def test_only_what_is_left_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And what was kept of another training is left alone."""
+    """And a finished training's checkpoint leaves nothing to do."""
     config = tiny.train_config(checkpoint_every=2)
     killed_after(5, config, tmp_path / "a.csv", tmp_path / "work")
-    run(tiny.train_config(checkpoint_every=2, weight_decay=0.2), None, tmp_path / "work")
-    assert "going on" not in capsys.readouterr().err
     run(config, None, tmp_path / "work")
     assert "going on behind step 4" in capsys.readouterr().err
-    assert len(list((tmp_path / "work" / "train").iterdir())) == 2
+    run(config, tmp_path / "a.csv", tmp_path / "work")
+    assert "going on behind step 6" in capsys.readouterr().err
+    assert [row["step"] for row in read(tmp_path / "a.csv")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_the_state_before_the_decay_outlives_a_kill(torn: bool, tmp_path: Path) -> None:
+    """A continual run that is killed in its decay still publishes what was before it; where that
+    file is torn, it goes back to before it was made."""
+    schedule = tiny.schedule(kind="wsd", decay_fraction=0.5)
+    config = tiny.train_config(checkpoint_every=2, schedule=schedule)
+    whole, _ = run(config, None, tmp_path / "whole")
+    killed_after(5, config, tmp_path / "a.csv", tmp_path / "work")
+    path = tmp_path / "work" / "run" / PREDECAY
+    if torn:
+        path.write_bytes(path.read_bytes()[:-10])
+    resumed, _ = run(config, None, tmp_path / "work")
+    assert same(whole, resumed)
+    one, other = (resume.read(tmp_path / name / "run" / PREDECAY) for name in ("whole", "work"))
+    assert one["steps"] == other["steps"] == 3
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
 def test_a_torn_checkpoint_is_passed_over(
@@ -105,7 +124,7 @@ def test_a_full_disk_does_not_end_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is told, the older checkpoint stays, and nothing half-written does."""
-    kept = Checkpoints(tmp_path, "name", 1, "tests")
+    kept = Checkpoints(tmp_path, 1, "tests")
     kept.save(1, {"steps": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -120,7 +139,7 @@ def test_a_full_disk_does_not_end_the_training(
 
 def test_a_finished_training_leaves_nothing(tmp_path: Path) -> None:
     """Work folders of weeks would fill the disk."""
-    kept = Checkpoints(tmp_path, "name", 1, "tests")
+    kept = Checkpoints(tmp_path / "name", 1, "tests")
     for steps in range(1, 6):
         kept.save(steps, {"steps": steps})
     assert len(list(kept.folder.glob("*.pt"))) == resume.KEPT
@@ -142,6 +161,7 @@ def test_sigkill_of_the_stage(base_folder: Path, tmp_path: Path) -> None:
     params["train"] |= {"batch_rows": 2, "log_every": 1, "checkpoint_every": 5}
     params["sequences"] |= {"length": 64, "layout": "document"}
     entry = {"parent": "base", "corpus": "em", "data": "split/em", "format": "raw", "train": {}}
+    entry["mix_raw"] = 0
     params["models"] = {"arm": {**entry, "budget": {"kind": "epochs", "amount": 1}}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 
@@ -152,6 +172,9 @@ def test_sigkill_of_the_stage(base_folder: Path, tmp_path: Path) -> None:
             "parent": base_folder,
             "chunks": tmp_path / "chunks",
             "data": tmp_path / "data",
+            "heldout": tmp_path / "chunks",
+            "db": tmp_path / "mlflow.db",
+            "artifacts": tmp_path / "artifacts",
             "work": tmp_path / f"{name}-work",
             "out": tmp_path / name,
             "csv": tmp_path / f"{name}.csv",

@@ -11,7 +11,8 @@ from boltlm.errors import UserError
 from boltlm.model import runs
 from boltlm.params import load
 from boltlm.records import Chunk, TeacherLatent, write_shard
-from boltlm.sequences.packing import Writer, kept_latents, stream, texts
+from boltlm.sequences import store
+from boltlm.sequences.packing import Source, Writer
 from boltlm.tokens import TextCoder
 from tests import tiny
 
@@ -35,7 +36,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    data: Path, base: Path, out: Path, form: str, kind: str, amount: int, **changes: Any
+    data: Path,
+    base: Path,
+    out: Path,
+    form: str,
+    kind: str,
+    amount: int,
+    mix_raw: float = 0,
+    **changes: Any,
 ) -> dict[str, Any]:
     """The facts of one run; its rows and curve are in `out`."""
     params = load(tiny.ROOT / "params.yaml")
@@ -44,23 +52,26 @@ def run(
     params["sequences"] |= {"length": 32, "layout": "document"}
     params["sequences"] |= changes
     budget = {"kind": kind, "amount": amount}
-    entry = {"parent": "base", "corpus": "em", "data": "teacher/own", "format": form}
+    entry: dict[str, Any] = {"parent": "base", "corpus": "em", "data": "teacher/own"}
+    entry |= {"format": form, "mix_raw": mix_raw}
     params["models"] = {"arm": {**entry, "budget": budget, "train": {"learning_rate": 0.01}}}
     runs.run(
         params,
         "arm",
-        parent=base,
-        chunks=data / "chunks",
-        data=data / "teacher" / "own",
-        work=out / "work",
-        out=out / "model",
-        csv_path=out / "curve.csv",
+        runs.Paths(
+            base,
+            data / "chunks",
+            data / "teacher" / "own",
+            out / "work",
+            out / "model",
+            out / "curve.csv",
+        ),
     )
     return load(out / "model" / "training.json")
 
 
-def epoch_tokens(data: Path, base: Path, form: Any, epochs: int) -> int:
-    corpus = texts(data / "chunks", kept_latents(data / "teacher" / "own"))
+def epoch_tokens(data: Path, base: Path, scratch: Path, form: Any, epochs: int) -> int:
+    corpus = store.texts(data / "chunks", data / "teacher" / "own")
     writer = Writer(
         markers=TextCoder(base).markers,
         form=form,
@@ -69,14 +80,14 @@ def epoch_tokens(data: Path, base: Path, form: Any, epochs: int) -> int:
         room=128,
         seed=1,
     )
-    return len(stream(writer, corpus, epochs=epochs, tokens=None))
+    return Source(store.write(scratch / "again", corpus), writer).tokens(epochs, scratch)
 
 
 @pytest.mark.parametrize("form", ["latent", "raw", "mixed"])
 def test_epochs_are_epochs(data: Path, base_folder: Path, tmp_path: Path, form: str) -> None:
     """Every token but the first is trained on, so many times as there are epochs."""
     facts = run(data, base_folder, tmp_path, form, "epochs", 2)
-    assert facts["tokens"] == epoch_tokens(data, base_folder, form, 2) - 1
+    assert facts["tokens"] == epoch_tokens(data, base_folder, tmp_path, form, 2) - 1
     assert facts["steps"] == math.ceil(math.ceil(facts["tokens"] / 32) / 4)
     raw = 2 * sum(range(10, 16))
     assert (facts["documents"], facts["chunks"], facts["raw_tokens"]) == (6, 12, raw)
@@ -94,7 +105,7 @@ def test_the_matched_baseline_sees_as_many_tokens(
     have, marks and latents included, and not for as many epochs."""
     latent = run(data, base_folder, tmp_path / "latent", "latent", "epochs", 2)
     raw = run(data, base_folder, tmp_path / "raw", "raw", "matched_epochs", 2)
-    assert raw["tokens"] == latent["tokens"] > epoch_tokens(data, base_folder, "raw", 2)
+    assert raw["tokens"] == latent["tokens"] > epoch_tokens(data, base_folder, tmp_path, "raw", 2)
     given = run(data, base_folder, tmp_path / "tokens", "raw", "tokens", 100)
     assert given["tokens"] == 99
 

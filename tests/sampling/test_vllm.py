@@ -121,7 +121,7 @@ def spy(*args, **more):
     return outputs
 sampler.model.generate = spy
 lengths = [20, CPU_BLOCK, CPU_BLOCK + 1, 2 * CPU_BLOCK + 9]
-prompts = [[10 + (place + place**2 * length) % 200 for place in range(length)] for length in lengths]
+prompts = [[10 + (i + i * i * length) % 200 for i in range(length)] for length in lengths]
 sampler.sample(prompts, [("tests", length) for length in lengths], 4)
 print(json.dumps({"block": CPU_BLOCK, "lengths": lengths, "cached": seen}))
 """

@@ -50,7 +50,7 @@ def test_a_document_is_bos_chunks_eos() -> None:
         *[SOL, EOL, 12],
         *[EOS],
     ]
-    assert layouts.raw(M, [[10], [11, 12]]) == [BOS, 10, 11, 12, EOS]
+    assert layouts.raw(M, [10, 11, 12]) == [[BOS], [10, 11, 12], [EOS]]
     with pytest.raises(ValueError, match="zip"):
         layouts.document(M, pairs, [True, False])
 

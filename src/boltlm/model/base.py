@@ -27,7 +27,8 @@ from boltlm.model import checkpoint
 from boltlm.model.curve import COLUMNS
 from boltlm.model.resume import Checkpoints
 from boltlm.model.runs import CODE, publish
-from boltlm.model.training import TrainConfig, train
+from boltlm.model.settings import TrainConfig
+from boltlm.model.training import train
 from boltlm.params import build, section
 from boltlm.sequences import packing, store
 from boltlm.sequences.packing import Source, Writer, pack

@@ -24,7 +24,8 @@ Live = Callable[[Mapping[str, float]], None]
 
 
 class Curve:
-    """Lines as they come, the loss averaged over its tokens since the line before. Steps and
+    """Lines as they come, the loss averaged over its tokens since the line before. `flops`: of a
+    token, as a share of what the machine can do a second; `memory`: MiB held at most. Steps and
     tokens count on from those of a continual run's ancestors. `before`: the `state` of a curve to
     go on with; `path` null: a process that does not write; `live` is told each line."""
 
@@ -33,12 +34,15 @@ class Curve:
         path: Path | None,
         *,
         every: int,
+        flops: float,
+        memory: Callable[[], float],
         steps: int = 0,
         tokens: int = 0,
         before: Mapping[str, Any] | None = None,
         live: Live | None = None,
     ) -> None:
         self.path, self.every, self.live = path, every, live
+        self.flops, self.memory = flops, memory
         known = before or {"lines": [], "step": steps, "tokens": tokens, "sum": 0.0, "since": 0}
         self.lines: list[list[str]] = [*known["lines"]]
         self.step: int = known["step"]
@@ -89,13 +93,10 @@ class Curve:
         *,
         rate: float,
         norm: float,
-        flops: float,
-        memory: Callable[[], float],
         heldout: Mapping[str, float],
         last: bool,
     ) -> None:
-        """Count one step. `flops`: of a token, as a share of what the machine does a second.
-        A step with held-out measures has a line of its own."""
+        """Count one step. One with held-out measures has a line of its own."""
         self.first = loss if self.first is None else self.first
         self.step += 1
         self.tokens += tokens
@@ -112,8 +113,8 @@ class Curve:
             "lr": f"{rate:.6g}",
             "grad_norm": f"{norm:.4f}",
             "tokens_per_second": f"{speed:.0f}",
-            "utilisation": f"{speed * flops:.4f}",
-            "memory_mib": f"{memory():.0f}",
+            "utilisation": f"{speed * self.flops:.4f}",
+            "memory_mib": f"{self.memory():.0f}",
             "seconds": f"{now - self.started:.1f}",
             **{name: f"{value:.6f}" for name, value in heldout.items()},
         }

@@ -3,6 +3,7 @@
 import resource
 import time
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ def per_token(model: PreTrainedModel, length: int) -> float:
     each weight in a matrix product, and attention over half of the row on the average. What
     activation checkpointing does again does not count."""
     config = model.config
-    looked_up = model.get_input_embeddings()
+    looked_up: Any = model.get_input_embeddings()
     tied = looked_up.weight is getattr(model.get_output_embeddings(), "weight", None)
     weights = sum(parameter.numel() for parameter in model.parameters())
     multiplied = weights - (0 if tied else looked_up.weight.numel())

@@ -116,7 +116,7 @@ def check_head(model: PreTrainedModel) -> None:
     if isinstance(head, torch.nn.Linear):
         hidden_BLD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         found, wanted = head(hidden_BLD), model(input_ids=ids, use_cache=False).logits
-        same = torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3)
+        same = torch.allclose(found.float(), wanted.float(), rtol=1e-3, atol=1e-3, equal_nan=True)
     model.train(training)
     if not same:
         raise UserError(

@@ -33,6 +33,13 @@ def machine() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
+def device() -> torch.device:
+    """Where this process computes."""
+    found = machine().device
+    assert found is not None
+    return found
+
+
 def sharded() -> bool:
     """Whether the launcher asked for FSDP."""
     return machine().num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -52,14 +59,14 @@ def spread(module: torch.nn.Module, model: PreTrainedModel) -> torch.nn.Module:
         # Under FSDP transformers may read the weights in the main process only.
         main = here.is_main_process
         weights = {name: w.cpu().clone() for name, w in module.state_dict().items() if main}
-        module.to(here.device)
-        mesh = init_device_mesh(here.device.type, (here.num_processes,))
+        module.to(device())
+        mesh = init_device_mesh(device().type, (here.num_processes,))
         for block in [*blocks(model), module]:
             fully_shard(block, mesh=mesh)
         whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(module, weights, options=whole)
         return module
-    module.to(here.device)
+    module.to(device())
     return DistributedDataParallel(module) if here.num_processes > 1 else module
 
 

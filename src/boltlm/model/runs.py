@@ -14,7 +14,8 @@ from boltlm.errors import UserError
 from boltlm.model import checkpoint, parallel, resume
 from boltlm.model.curve import Live
 from boltlm.model.resume import PREDECAY, Checkpoints
-from boltlm.model.training import Hook, Start, TrainConfig, Trained, of_model, train
+from boltlm.model.settings import TrainConfig
+from boltlm.model.training import Hook, Start, Trained, of_model, train
 from boltlm.params import build, section
 from boltlm.sequences import packing, store
 from boltlm.sequences.layouts import Format
@@ -26,6 +27,7 @@ CODE = (
     "boltlm.sequences",
     "boltlm.model.loss",
     "boltlm.model.schedules",
+    "boltlm.model.settings",
     "boltlm.model.training",
 )
 MOMENTS, FACTS = "optimizer.pt", "training.json"

@@ -5,9 +5,9 @@ Shapes: B rows, L positions.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,76 +19,13 @@ from boltlm.model.curve import Curve, Live
 from boltlm.model.loss import CausalLoss, check_head
 from boltlm.model.resume import PREDECAY, Checkpoints
 from boltlm.model.schedules import Schedule, learning_rate
+from boltlm.model.settings import TrainConfig, optimizers
 from boltlm.progress import Progress
 from boltlm.seeds import generator
 from boltlm.sequences.packing import IGNORED, Rows
 
 EXPLODED = 2.0  # times the loss of a uniform guess, and of the first step
-# How the same training is carried out; numbers hang on it by their last bits at most.
-HOW = (
-    "micro_rows",
-    "activation_checkpointing",
-    "compile",
-    "log_every",
-    "checkpoint_every",
-    "evaluate",
-    "live",
-)
 Hook = Callable[[PreTrainedModel], Mapping[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class During:
-    """Held-out measures in the curve: every so many steps, of so many documents, with K draws."""
-
-    every: int
-    documents: int
-    k_samples: int
-
-    def __post_init__(self) -> None:
-        positive(self, "every", "documents", "k_samples")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Params sections `train` and `base.train`. `batch_rows`: sequences a step, over all
-    processes; `micro_rows`: of them at once in a process (null: all of its share); `muon` takes
-    the matrices of the layers and leaves embeddings, output and norms to AdamW; `log_every` and
-    `checkpoint_every`: steps; `live`: whether each line of the curve goes to MLflow at once."""
-
-    optimizer: Literal["adamw", "muon"]
-    learning_rate: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
-    batch_rows: int
-    micro_rows: int | None
-    precision: Literal["float32", "bfloat16"]
-    activation_checkpointing: bool
-    compile: bool
-    schedule: Schedule
-    log_every: int
-    checkpoint_every: int
-    evaluate: During | None
-    live: bool
-
-    def __post_init__(self) -> None:
-        positive(self, "learning_rate", "clip_norm", "batch_rows", "micro_rows", "log_every")
-        positive(self, "checkpoint_every")
-
-    def settings(self) -> dict[str, Any]:
-        """What the numbers hang on, JSON-ready."""
-        return {name: value for name, value in asdict(self).items() if name not in HOW}
-
-
-def positive(config: object, *names: str) -> None:
-    """Raises UserError where one of the named fields is 0 or less."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise UserError(f"{name} must be above 0, found {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,35 +46,6 @@ class Trained:
     steps: int
     tokens: int
     weights: dict[str, torch.Tensor] | None
-
-
-def optimizers(model: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all, or Muon over the layers' matrices and AdamW over the rest."""
-    matrices: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        inner = ".layers." in name and parameter.ndim == 2
-        (matrices if inner and config.optimizer == "muon" else rest).append(parameter)
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    ]
-    if matrices:
-        made.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return made
 
 
 def train(
@@ -161,61 +69,48 @@ def train(
     measures the model as `evaluate` says, and at the end. Raises UserError when the loss
     stops being a number or explodes; the last good checkpoint stays.
     """
-    here = parallel.machine()
+    here, device = parallel.machine(), parallel.device()
     steps = math.ceil(len(rows) / config.batch_rows)
-    schedule, warm = config.schedule, start is not None
-    decay = schedule.decay_start(steps) if schedule.kind == "wsd" else None
-    warmup = 0.0 if warm else schedule.warmup_steps(steps)
-    if decay is not None and (decay == 0 or warmup > decay):
-        raise UserError(
-            f"{what}: {steps} steps are too few for the schedule: the decay begins behind step"
-            f" {decay}, the warm-up takes {warmup:.0f}"
-        )
+    decay = _decay(config.schedule, steps, warm=start is not None, what=what)
     if config.evaluate and parallel.sharded():
-        raise UserError(
-            "train.evaluate: not with FSDP, whose weights lie in pieces; set it to null"
-        )
-    module, steppers, device = *_prepared(model, config), here.device
-    state = kept.latest(decay) if here.is_main_process else None
-    known = parallel.told(state and {"steps": state["steps"], "log": state["log"]})
+        raise UserError("train.evaluate must be null with FSDP, whose weights lie in pieces")
+    module, steppers = _prepared(model, config)
+    known = _restored(module, steppers, kept, decay, start)
     begun = known["steps"] if known else 0
-    if known:
-        parallel.restore(module, steppers, state or {})
-    elif start is not None:
-        parallel.restore(module, steppers, {"optimizers": start.optimizers})
     share = flops.per_token(model, rows.length) / (
         flops.peak(device, getattr(torch, config.precision)) * here.num_processes
     )
-    with (
-        Curve(
-            csv_path if here.is_main_process else None,
-            every=config.log_every,
-            steps=start.steps if start else 0,
-            tokens=start.tokens if start else 0,
-            before=known["log"] if known else None,
-            live=live if here.is_main_process else None,
-        ) as curve,
-        Progress(
-            what=what,
-            total=rows.predicted(begun, config.batch_rows),
-            unit="tokens",
-            silent=not here.is_main_process,
-        ) as progress,
-    ):
+    curve = Curve(
+        csv_path if here.is_main_process else None,
+        every=config.log_every,
+        flops=share,
+        memory=lambda: flops.memory_mib(device),
+        steps=start.steps if start else 0,
+        tokens=start.tokens if start else 0,
+        before=known["log"] if known else None,
+        live=live if here.is_main_process else None,
+    )
+    progress = Progress(
+        what=what,
+        total=rows.predicted(begun, config.batch_rows),
+        unit="tokens",
+        silent=not here.is_main_process,
+    )
+    with curve, progress:
         for step in range(begun, steps):
             if step == decay:
                 _keep(kept.folder / PREDECAY, module, steppers, curve)
-            rate = learning_rate(schedule, config.learning_rate, step, steps, warm=warm)
-            for group in (group for stepper in steppers for group in stepper.param_groups):
-                group["lr"] = rate
-            torch.manual_seed(
-                int(generator(seed, "step", step, here.process_index).integers(2**62))
+            rate = learning_rate(
+                config.schedule, config.learning_rate, step, steps, warm=start is not None
             )
+            torch.manual_seed(_seed(seed, step))
             loss, tokens = _gradients(module, rows.batch(step, config.batch_rows), config)
             norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             _check(loss, norm, curve, model.config.vocab_size, what, kept)
             for stepper in steppers:
+                for group in stepper.param_groups:
+                    group["lr"] = rate
                 stepper.step()
                 stepper.zero_grad()
             last = step == steps - 1
@@ -223,16 +118,7 @@ def train(
             if hook and config.evaluate and (last or (step + 1) % config.evaluate.every == 0):
                 with curve.paused():
                     measured = _measured(model, hook)
-            curve.add(
-                tokens,
-                loss,
-                rate=rate,
-                norm=norm,
-                flops=share,
-                memory=lambda: flops.memory_mib(device),
-                heldout=measured,
-                last=last,
-            )
+            curve.add(tokens, loss, rate=rate, norm=norm, heldout=measured, last=last)
             if kept.due(step + 1, steps):
                 found = parallel.state(module, steppers)
                 if here.is_main_process:
@@ -240,17 +126,46 @@ def train(
             progress.note(f"loss {loss:.3f}")
             progress.advance(tokens)
     weights = parallel.state(module, steppers)["model"] if parallel.sharded() else None
-    if weights is not None:
-        weights = of_model(weights)
     if config.activation_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()
-    return Trained(curve.step, curve.tokens, weights)
+    return Trained(curve.step, curve.tokens, None if weights is None else of_model(weights))
 
 
 def of_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by the names that they have in the model, not in the loss around it."""
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def _decay(schedule: Schedule, steps: int, *, warm: bool, what: str) -> int | None:
+    """The step at which a decay begins, null for a schedule without one."""
+    if schedule.kind != "wsd":
+        return None
+    decay, warmup = schedule.decay_start(steps), 0.0 if warm else schedule.warmup_steps(steps)
+    if decay == 0 or warmup > decay:
+        raise UserError(
+            f"{what}: {steps} steps are too few for the schedule: the decay begins behind step"
+            f" {decay}, the warm-up takes {warmup:.0f}"
+        )
+    return decay
+
+
+def _restored(
+    module: torch.nn.Module,
+    steppers: list[torch.optim.Optimizer],
+    kept: Checkpoints,
+    decay: int | None,
+    start: Start | None,
+) -> dict[str, Any] | None:
+    """Take over the last checkpoint, or else what the run goes on from; return the steps and the
+    curve of the former."""
+    state = kept.latest(decay) if parallel.machine().is_main_process else None
+    known = parallel.told(state and {"steps": state["steps"], "log": state["log"]})
+    if known:
+        parallel.restore(module, steppers, state or {})
+    elif start is not None:
+        parallel.restore(module, steppers, {"optimizers": start.optimizers})
+    return known
 
 
 def _prepared(
@@ -272,7 +187,7 @@ def _gradients(
 ) -> tuple[float, int]:
     """Leave in the parameters the gradient of the batch's mean loss; return that and its tokens.
     Every process takes its share of the rows, the same number of them, empty ones if need be."""
-    here = parallel.machine()
+    here, device = parallel.machine(), parallel.device()
     inputs_BL, labels_BL = batch
     tokens = int((labels_BL != IGNORED).sum())
     world = here.num_processes
@@ -284,13 +199,11 @@ def _gradients(
             np.pad(array, ((0, lacking), (0, 0)), constant_values=fill)
             for array, fill in zip(mine, (0, IGNORED), strict=True)
         ]
-    inputs, labels = (torch.from_numpy(array).to(here.device) for array in mine)
+    inputs, labels = (torch.from_numpy(array).to(device) for array in mine)
     size = config.micro_rows or share
-    total = torch.zeros((), device=here.device)
+    total = torch.zeros((), device=device)
     for first in range(0, share, size):
-        mixed = torch.autocast(
-            here.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        )
+        mixed = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
         with parallel.accumulating(module, first + size >= share):
             with mixed:
                 loss = module(inputs[first : first + size], labels[first : first + size])

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from boltlm.tokens import Markers
 
-Ids = Sequence[int]
+Ids = Sequence[int] | np.ndarray
 Format = Literal["latent", "raw", "mixed", "paraphrase"]
 Layout = Literal["document", "chunk"]
 

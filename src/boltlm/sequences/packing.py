@@ -243,7 +243,7 @@ def facts(folder: Path) -> dict[str, int | str]:
 def open_rows(folder: Path, length: int, seed: int) -> Rows:
     """The rows of a packed folder, in the order of (seed)."""
     known = facts(folder)
-    stream = np.asarray(np.memmap(folder / "stream", np.dtype(known["dtype"]), mode="r"))
+    stream = np.asarray(np.memmap(folder / "stream", np.dtype(str(known["dtype"])), mode="r"))
     count = -(-(len(stream) - 1) // length)
     order = _shuffled(count, generator(seed, "rows"), folder)
     return Rows(stream, length, order, str(known["digest"]))
