@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from boltlm.errors import UserError
+from boltlm.model import attention
 from boltlm.model.loss import CausalLoss, PiecewiseLoss, check_head
 from boltlm.sequences.packing import IGNORED
 from tests import tiny
@@ -42,6 +43,9 @@ def small(**changes: Any) -> dict[str, Any]:
 FAMILIES = {
     "llama": lambda: tiny.llama(1, vocabulary=VOCABULARY, width=16),
     "tied": lambda: tiny.llama(1, vocabulary=VOCABULARY, width=16, tied=True),
+    "shared": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**small(num_attention_heads=4, num_key_value_heads=2))
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**small(tie_word_embeddings=True))),
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**small())),
 }
@@ -122,6 +126,32 @@ def test_under_autocast_it_is_as_near_as_the_plain_one() -> None:
     assert abs(found.item() - exact) <= 2 * abs(plain.item() * labels_BL.numel() - exact) + 1e-2
     found.backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_over_short_rows_is_sdpas(family: str) -> None:
+    """In float32 the same loss and gradients as the fused kernel's, where heads of keys and values
+    are shared too; it suits only what it computes rightly, and is put back."""
+    torch.manual_seed(2)
+    model: PreTrainedModel = FAMILIES[family]()
+    inputs_BL, labels_BL = torch.randint(0, VOCABULARY, (2, 3, 12))
+    found: list[list[torch.Tensor]] = []
+    for name in (None, attention.NAME):
+        model.zero_grad()
+        with attention.attention(model, name):
+            assert attention.active(model) == (name is not None)
+            loss = CausalLoss(model)(inputs_BL, labels_BL)
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([loss.detach(), *grads])
+    assert not attention.active(model)
+    assert attention.suits(model, 12, torch.bfloat16)
+    assert not attention.suits(model, attention.SHORT + 1, torch.bfloat16)
+    assert not attention.suits(model, 12, torch.float32)
+    model.config.sliding_window = 8
+    assert not attention.suits(model, 12, torch.bfloat16)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_scaled_logits_are_an_error() -> None:

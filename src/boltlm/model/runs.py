@@ -25,6 +25,7 @@ from boltlm.tokens import TextCoder, most_chunk_tokens
 CODE = (
     "boltlm.seeds",
     "boltlm.sequences",
+    "boltlm.model.attention",
     "boltlm.model.loss",
     "boltlm.model.schedules",
     "boltlm.model.settings",

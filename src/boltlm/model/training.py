@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from boltlm.errors import UserError
-from boltlm.model import flops, parallel, resume
+from boltlm.model import attention, flops, parallel, resume
 from boltlm.model.curve import Curve, Live
 from boltlm.model.loss import CausalLoss, check_head
 from boltlm.model.resume import PREDECAY, Checkpoints
@@ -96,7 +96,8 @@ def train(
         unit="tokens",
         silent=not here.is_main_process,
     )
-    with curve, progress:
+    suits = attention.suits(model, rows.length, getattr(torch, config.precision))
+    with curve, progress, attention.attention(model, attention.NAME if suits else None):
         for step in range(begun, steps):
             if step == decay:
                 _keep(kept.folder / PREDECAY, module, steppers, curve)
@@ -246,6 +247,7 @@ def _measured(model: PreTrainedModel, hook: Hook) -> dict[str, float]:
     found: dict[str, float] = {}
     if parallel.machine().is_main_process:
         model.eval()
-        found = dict(hook(model))
+        with attention.attention(model, "sdpa" if attention.active(model) else None):
+            found = dict(hook(model))
         model.train()
     return parallel.told(found)
