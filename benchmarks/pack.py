@@ -1,7 +1,7 @@
 """Tokens a second and memory from texts to packed training rows, at 1, 10 and 100 times the data.
 
-    python benchmarks/pack.py --model models/base            # generated pages, 30 a document
-    python benchmarks/pack.py --corpus my.jsonl.gz           # or texts of one's own, again and again
+    python benchmarks/pack.py --model models/base      # generated pages, 30 a document
+    python benchmarks/pack.py --corpus my.jsonl.gz     # or texts of one's own, again and again
 
 `ours`: texts are encoded, stored, shuffled and written as rows. `tokenizer`: the tokenizer's own
 batch call on the same texts in the same batches, its ids taken and thrown away. `documents`: the

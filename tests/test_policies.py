@@ -107,7 +107,8 @@ FREE = (
     ".teachers.",
     ".latents.",
     ".models.",
-)  # sections whose keys depend on a kind or are names
+    ".train.evaluate",
+)  # sections whose keys depend on a kind, are names, or may be null
 
 
 def fixed_keys(params: dict[str, Any]) -> set[str]:
@@ -128,9 +129,8 @@ def test_params_resolve(path: Path) -> None:
     from boltlm.corpus.sources import source
     from boltlm.corpus.split import Corpus
     from boltlm.latents.teachers import teacher
-    from boltlm.model.runs import ModelEntry
-    from boltlm.model.training import TrainConfig
-    from boltlm.params import build, section
+    from boltlm.model.runs import settings
+    from boltlm.params import build
     from boltlm.sampling.shards import LatentsEntry
 
     params = load(path)
@@ -143,9 +143,8 @@ def test_params_resolve(path: Path) -> None:
         entry = build(LatentsEntry, values, f"latents.{name}")
         assert entry.model in params["models"]
         assert entry.corpus in params["corpora"]
-    for name, values in params["models"].items():
-        entry = build(ModelEntry, values, f"models.{name}")
-        build(TrainConfig, section(params, "train") | entry.train, f"models.{name}.train")
+    for name in params["models"]:
+        entry, _ = settings(params, name)
         assert entry.parent in {"base", *params["models"]}
         kind, _, of = entry.data.partition("/")
         section_of = {"teacher": "teachers", "latents": "latents", "split": "corpora"}[kind]

@@ -255,3 +255,27 @@ def test_two_at_once_make_one_experiment_in_the_real_repository(
         assert (root / "mlartifacts" / run.info.run_id / "artifacts/params.yaml").exists()
     for copy in copies:
         assert {path.name for path in copy.iterdir()} == {"metrics", "params.yaml"}
+
+
+def test_a_curve_grows_line_by_line_and_is_replaced(
+    place: tracking.Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a training says as it goes is in MLflow at once, in a child of the experiment's run;
+    when all is tracked there is one child with the whole curve, not two."""
+    write(tmp_path)
+    tell = tracking.live(PARAMS, "one", place)
+    tell({"step": 10, "tokens": 100, "loss": 3.5})
+    tell({"step": 20, "tokens": 200, "loss": 2.5})
+    named = [run for run in runs(place) if run.info.run_name == os.environ["DVC_EXP_NAME"]]
+    (parent,) = (run.info.run_id for run in named)
+    child = children(place, parent)["one"].info.run_id
+    assert history(place, child, "loss") == [(10, 3.5), (20, 2.5)]
+    assert log(tmp_path, place) == parent
+    assert child not in {run.info.run_id for run in runs(place)}
+    assert history(place, children(place, parent)["one"].info.run_id, "loss") == [
+        (10, 3.5),
+        (20, 2.5),
+    ]
+    for _ in range(3):
+        tell({"step": 30, "loss": 1.0})  # the run is gone: said once, the training goes on
+    assert capsys.readouterr().err.count("the run goes on") == 1

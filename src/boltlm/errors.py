@@ -19,8 +19,11 @@ def stage(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OSError):  # of this machine; what the user did, process 0 says
+            print(f"error in process {rank}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)

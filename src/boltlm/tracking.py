@@ -27,6 +27,7 @@ EXPERIMENT = "boltlm"
 KEY, PARAMS, PART, CONTENT = "boltlm.key", "boltlm.params", "boltlm.part", "boltlm.content"
 PARENT = "mlflow.parentRunId"
 MOST_CHARACTERS = 500  # of a parameter's value
+SECONDS_OF_SILENCE = 300.0  # of a live curve after an error
 _METRICS_A_BATCH, _PARAMS_A_BATCH = 1000, 100  # MLflow's limits
 
 Point = tuple[str, float, int]  # metric, value, step
@@ -94,9 +95,11 @@ def live(
     params: Mapping[str, Any], part: str, place: Store
 ) -> Callable[[Mapping[str, float]], None]:
     """A function that logs one line of a part's curve (with its `step`) as soon as there is one,
-    in a run that `log` replaces when all is done. What MLflow refuses is said once and left out:
-    the curve's file has it all. Raises UserError where MLflow cannot be reached at the start."""
+    in a run that `log` replaces when all is done. What MLflow refuses is said once and left out,
+    and for a while nothing more is sent: the curve's file has it all. Raises
+    UserError where MLflow cannot be reached at the start."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a training waits meanwhile
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -110,18 +113,21 @@ def live(
             run = client.create_run(parent.info.experiment_id, run_name=part, tags=tags)
         except MlflowException as error:
             raise UserError(f"MLflow at {place.uri}: {error}") from error
-    lost = 0
+    said, silent_until = False, 0.0
 
     def tell(line: Mapping[str, float]) -> None:
-        nonlocal lost
+        nonlocal said, silent_until
+        if time.monotonic() < silent_until:
+            return
         step = int(line["step"])
         points = [(name, value, step) for name, value in line.items() if name != "step"]
         try:
             _log(client, run, points, {})
         except MlflowException as error:
-            lost += 1
-            if lost == 1:
+            silent_until = time.monotonic() + SECONDS_OF_SILENCE
+            if not said:
                 print(f"MLflow at {place.uri}: {error}; the run goes on", file=sys.stderr)
+            said = True
 
     return tell
 

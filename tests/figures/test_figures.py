@@ -20,7 +20,7 @@ from boltlm.figures.results import read
 
 LAPTOP = ("warmstart", "em1", "em2", "em3", "em4")
 RENAMED = ("gpt", "first", "second")
-PICTURES = {"elbo", "accuracy", "parts", "diagnostics", "training", "log_weight"}
+PICTURES = {"elbo", "accuracy", "parts", "diagnostics", "training", "heldout", "log_weight"}
 
 
 def model(data: str, form: str = "latent", parent: str = "base") -> dict[str, Any]:
@@ -68,8 +68,11 @@ def write(params: dict[str, Any], root: Path) -> None:
     for place, (name, entry) in enumerate(params["models"].items()):
         facts = measures(place, raw=entry["format"] == "raw")
         (root / "metrics/eval" / f"{name}.json").write_text(json.dumps(facts))
-        lines = [f"{step},{step * 100},{5 / step + place},0.1,1,9,{step}" for step in (1, 2, 3)]
-        text = "\n".join(["step,tokens,loss,lr,grad_norm,tokens_per_second,seconds", *lines])
+        bound = "" if entry["format"] == "raw" else str(-3 - place)
+        told = {1: ",2.5,", 2: ",,", 3: f",{2.75 - place},{bound}"}
+        lines = [f"{s},{s * 100},{5 / s + place},0.1,1,9,{s}{told[s]}" for s in (1, 2, 3)]
+        head = "step,tokens,loss,lr,grad_norm,tokens_per_second,seconds,heldout_nll,heldout_elbo"
+        text = "\n".join([head, *lines])
         (root / "metrics/train" / f"{name}.csv").write_text(text + "\n")
     for place, name in enumerate(params["latents"]):
         facts = {
@@ -234,7 +237,7 @@ def test_what_is_missing_is_left_out_and_told(tmp_path: Path) -> None:
     for path in (tmp_path / "metrics/train").iterdir():
         path.write_text(path.read_text().splitlines()[0] + "\n")
     draw(params, tmp_path)
-    assert {path.stem for path in out.glob("*.png")} == PICTURES - {"training"}
+    assert {path.stem for path in out.glob("*.png")} == PICTURES - {"training", "heldout"}
     assert not (out / "training.csv").exists()
     known = {row["iteration"] for row in rows(out / "elbo.csv") if row["iteration"]}
     assert known == {"0", "2"}
@@ -245,4 +248,20 @@ def test_what_is_missing_is_left_out_and_told(tmp_path: Path) -> None:
     assert (out / "report.md").read_text().count("is left out: ") == len(PICTURES)
     assert "| plain | raw text | – | 1.500 ± 0.010 |" in (out / "report.md").read_text()
     empty = tmp_path / "empty"
-    assert (draw(experiment(LAPTOP), empty) / "report.md").read_text().count("is left out: ") == 6
+    assert (draw(experiment(LAPTOP), empty) / "report.md").read_text().count(
+        "is left out: "
+    ) == len(PICTURES)
+
+
+def test_the_best_so_far_is_drawn_beside_the_exact_curve(tmp_path: Path) -> None:
+    """As the paper draws it: a likelihood that gets worse leaves the line where it was; a model
+    that was not measured for a bound has no line for it."""
+    write(experiment(LAPTOP), tmp_path)
+    make(experiment(LAPTOP), metrics=tmp_path / "metrics", out=tmp_path / "out")
+    found = rows(tmp_path / "out" / "heldout.csv")
+    by = {(row["model"], row["measure"], row["tokens"]): row for row in found}
+    worse, better = by["plain", "heldout_nll", "300.0"], by["mix", "heldout_nll", "300.0"]
+    assert (worse["value"], worse["best"]) == ("2.75", "2.5")
+    assert (better["value"], better["best"]) == ("1.75", "1.75")
+    assert by["mix", "heldout_elbo", "300.0"]["best"] == "-4.0"
+    assert ("plain", "heldout_elbo", "300.0") not in by

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from boltlm.errors import UserError
-from boltlm.model import checkpoint, runs
+from boltlm.model import checkpoint, resume, runs
 from boltlm.model.runs import MOMENTS
 from boltlm.params import load
 from boltlm.records import Chunk, write_shard
@@ -108,6 +108,17 @@ def test_a_cosine_starts_from_the_final_weights(
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
+def test_a_cosine_in_the_same_folder_leaves_nothing_of_the_chain(
+    chunks: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """`final` and `predecay` of an earlier run would be taken for this one's."""
+    out = stage(chunks, base_folder, tmp_path / "c1", 1)
+    schedule = {"kind": "cosine", "warmup": 0, "decay_fraction": 0.25, "least_ratio": 0.1}
+    stage(chunks, base_folder, tmp_path / "c1", 1, schedule=schedule)
+    assert checkpoint.final(out) == out
+    assert not (out / "predecay").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -130,17 +141,20 @@ def test_moments_of_another_model_are_refused(
     """A file that was put there by hand, of a wider model or of one with fewer layers."""
     parent = stage(chunks, base_folder, tmp_path / "c1", 1)
     path = parent / "predecay" / MOMENTS
-    good = torch.load(path, weights_only=True)
+    good = resume.read(path)
     name = "model.lm_head.weight"
     state = good["state"]
     wider = {**state, name: {**state[name], "exp_avg": torch.zeros(4, 4)}}
-    torch.save({**good, "state": wider}, path)
+    resume.write(path, {**good, "state": wider})
     with pytest.raises(UserError, match=r"another model: model\.lm_head\.weight has \[4, 4\]"):
         stage(chunks, parent, tmp_path / "c2", 2)
     fewer = {key: value for key, value in state.items() if key != name}
-    torch.save({**good, "state": fewer}, path)
+    resume.write(path, {**good, "state": fewer})
     with pytest.raises(UserError, match=r"another model, it lacks model\.lm_head\.weight"):
         stage(chunks, parent, tmp_path / "c3", 2)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"optimizer\.pt is torn"):
+        stage(chunks, parent, tmp_path / "c4", 2)
 
 
 def test_too_few_steps_for_the_schedule_are_an_error(

@@ -120,6 +120,43 @@ def test_a_torn_checkpoint_is_passed_over(
     assert same(whole, resumed)
 
 
+def test_what_is_passed_over_is_taken_away(tmp_path: Path) -> None:
+    """Else the torn ones, being the newest, would be kept and every new one deleted; what a killed
+    write left is taken away as well."""
+    for torn, left in ((False, [1, 2]), (True, [1, 2])):
+        kept = Checkpoints(tmp_path / str(torn), 1, "tests")
+        for steps in (4, 5):
+            kept.save(steps, {"steps": steps})
+        (kept.folder / ".step-6.pt.77").write_bytes(b"half")
+        if torn:
+            for path in kept.folder.glob("*.pt"):
+                path.write_bytes(b"torn")
+            assert kept.latest() is None
+        else:  # beyond the state before the decay, which is not there
+            assert kept.latest(decay=3) is None
+        assert not list(kept.folder.iterdir())
+        for steps in (1, 2):
+            kept.save(steps, {"steps": steps})
+        assert [int(path.stem[5:]) for path in sorted(kept.folder.glob("*.pt"))] == left
+        assert kept.latest() == {"steps": 2}
+
+
+def test_a_full_disk_under_the_curve_does_not_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said once; at the end, where there is room again, the file has every line."""
+    curve = Curve(tmp_path / "a.csv", every=1, flops=0.0, memory=lambda: 1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with curve:
+        for step in range(6):
+            if step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+            curve.add(10, 2.0, rate=0.1, norm=1.0, heldout={}, last=False)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err.count("written at the end") == 1
+    assert [line["step"] for line in read(tmp_path / "a.csv")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_full_disk_does_not_end_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

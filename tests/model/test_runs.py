@@ -43,6 +43,7 @@ def run(
     kind: str,
     amount: int,
     mix_raw: float = 0,
+    train: dict[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """The facts of one run; its rows and curve are in `out`."""
@@ -54,7 +55,9 @@ def run(
     budget = {"kind": kind, "amount": amount}
     entry: dict[str, Any] = {"parent": "base", "corpus": "em", "data": "teacher/own"}
     entry |= {"format": form, "mix_raw": mix_raw}
-    params["models"] = {"arm": {**entry, "budget": budget, "train": {"learning_rate": 0.01}}}
+    params["models"] = {
+        "arm": {**entry, "budget": budget, "train": {"learning_rate": 0.01, **(train or {})}}
+    }
     runs.run(
         params,
         "arm",
@@ -115,6 +118,24 @@ def test_a_run_overrides_the_section_train(data: Path, base_folder: Path, tmp_pa
     run(data, base_folder, tmp_path, "latent", "epochs", 1)
     rates = np.loadtxt(tmp_path / "curve.csv", delimiter=",", skiprows=1, usecols=3)
     assert 0.001 < rates.max() <= 0.01
+
+
+def test_only_what_matters_is_in_the_key(
+    data: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed for its memory goes on with smaller pieces; one with another rate does
+    not go on."""
+    folders: list[str] = []
+
+    def seize(*_args: Any, kept: Any, **_more: Any) -> None:
+        folders.append(kept.folder.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(runs, "train", seize)
+    for train in ({}, {"micro_rows": 1, "checkpoint_every": 3}, {"learning_rate": 0.5}):
+        with pytest.raises(InterruptedError):
+            run(data, base_folder, tmp_path, "latent", "epochs", 1, train=train)
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_rows_beyond_the_window_are_an_error(data: Path, base_folder: Path, tmp_path: Path) -> None:

@@ -187,10 +187,11 @@ def test_an_exploding_loss_keeps_the_last_good_checkpoint(tmp_path: Path) -> Non
     config = tiny.train_config(learning_rate=40.0, schedule=rate, checkpoint_every=1)
     with pytest.raises(UserError, match=r"loss is \d+.* at step (\d).*checkpoint of step") as told:
         run(config, None, tmp_path)
-    step = int(str(told.value).split(" at step ")[1].split(";")[0])
+    step = int(str(told.value).split(" at step ")[1].split()[0])
     found = Checkpoints(tmp_path / "run", 1, "tests").latest()
     assert found is not None
     assert found["steps"] == step - 1 > 0
+    assert "of this run; the checkpoint of step" in str(told.value)
     assert all(torch.isfinite(weight).all() for weight in found["model"].values())
 
 
@@ -239,9 +240,20 @@ def test_held_out_measures_stand_in_the_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "clip_norm", "batch_rows", "log_every", "checkpoint_every"]
+    "name",
+    ["learning_rate", "clip_norm", "batch_rows", "micro_rows", "log_every", "checkpoint_every"],
 )
 def test_settings_must_be_positive(name: str) -> None:
     """Zero rows a step would divide by zero far from its cause."""
-    with pytest.raises(UserError, match=name):
-        tiny.train_config(**{name: 0})
+    for value in (0, math.nan):
+        with pytest.raises(UserError, match=name):
+            tiny.train_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta2", 1.0), ("beta1", -0.1), ("epsilon", -1.0), ("weight_decay", -1.0)]
+)
+def test_an_optimisers_numbers_are_checked(name: str, value: float) -> None:
+    """torch refuses them too, but with a traceback and after the corpus was packed."""
+    with pytest.raises(UserError, match=name[:4]):
+        tiny.train_config(**{name: value})

@@ -290,6 +290,34 @@ def test_a_corpus_without_documents_is_an_error(tmp_path: Path) -> None:
         pack(tmp_path, [Source(stored(tmp_path, []), writer())], tokens=10)
 
 
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_torn_stream_is_packed_again(size: int, tmp_path: Path) -> None:
+    """A machine that went down can leave a file shorter than it was."""
+    source = Source(stored(tmp_path, texts(5)), writer())
+    whole = pack(tmp_path, [source], epochs=1).tokens.tolist()
+    path = tmp_path / "stream"
+    path.write_bytes(path.read_bytes()[:size])
+    assert pack(tmp_path, [source], epochs=1).tokens.tolist() == whole
+
+
+def test_a_budget_that_predicts_nothing_is_an_error(tmp_path: Path) -> None:
+    """No step at all would copy the parent under another name."""
+    source = Source(stored(tmp_path, texts(5)), writer())
+    with pytest.raises(UserError, match="no token to predict"):
+        pack(tmp_path, [source], tokens=1)
+
+
+def test_two_sources_of_one_corpus_come_in_orders_of_their_own(tmp_path: Path) -> None:
+    """Else a document's latents and its raw text would follow each other all along."""
+    corpus, made = stored(tmp_path, texts(50)), writer(form="raw")
+    first, beside = (
+        runs(np.concatenate(list(Source(corpus, made, 0.5, extra).epoch(0, tmp_path))))
+        for extra in ((), ("raw",))
+    )
+    assert sorted(first) == sorted(beside)
+    assert sum(one == other for one, other in zip(first, beside, strict=True)) < 10
+
+
 @pytest.mark.parametrize("budget", [(None, None), (1, 10)])
 def test_a_budget_is_one_of_two(budget: tuple[int | None, int | None], tmp_path: Path) -> None:
     """Both or neither would make one of them a lie."""

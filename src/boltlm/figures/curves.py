@@ -55,6 +55,49 @@ def _curves(axes: Axes, curves: Mapping[str, tuple[Look, list[dict[str, float]]]
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
+MEASURED = {  # columns of the curves: axis label, and what is better
+    "heldout_elbo": ("held-out bound, nats per token", np.maximum),
+    "heldout_nll": ("held-out −log p of raw text, nats per token", np.minimum),
+}
+
+
+def heldout(results: Results) -> Drawn | LeftOut:
+    """Held-out measures against tokens for every model that was measured in training: points as
+    they were, and as a line the best so far, which is how the paper draws its curves."""
+    models = {arm.name: f"{arm.name}: {arm.what}" for arm in ordered(results.arms)}
+    known = {
+        name: [line for line in results.curves.get(name, []) if MEASURED.keys() & line.keys()]
+        for name in models
+    }
+    known = {name: lines for name, lines in known.items() if lines}
+    if not known:
+        return LeftOut("no model was measured in training (train.evaluate)")
+    columns = [c for c in MEASURED if any(c in line for lines in known.values() for line in lines)]
+    figure, ((*axes,),) = panels(4.6 * len(columns), 3.4, 1, len(columns))
+    seen = looks(results.arms)
+    rows: list[dict[str, str | float]] = []
+    for place, column in zip(axes, columns, strict=True):
+        label, better = MEASURED[column]
+        for name, lines in known.items():
+            found = [line for line in lines if column in line]
+            tokens = [line["tokens"] for line in found]
+            values = [line[column] for line in found]
+            best = better.accumulate(values) if values else []
+            look = seen[name]
+            place.plot(tokens, values, ".", color=look.color, markersize=4)
+            place.plot(tokens, best, color=look.color, linestyle=look.dash, label=models[name])
+            rows += [
+                {"model": name, "measure": column, "tokens": t, "value": v, "best": float(b)}
+                for t, v, b in zip(tokens, values, best, strict=True)
+            ]
+        place.set_xlabel("training tokens")
+        place.set_ylabel(label)
+        place.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.subplots_adjust(wspace=0.3)
+    return Drawn(figure, rows)
+
+
 def log_weight(results: Results) -> Drawn | LeftOut:
     """How log w is spread in the latents that each iteration learns from; those of unfinished
     draws are −∞ and are told as a share. The axis leaves out what is rarer than 0.1 %."""

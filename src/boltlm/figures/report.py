@@ -18,6 +18,7 @@ CAPTIONS = {
     "parts": "Utility, simplicity and diversity on held-out chunks by iteration.",
     "diagnostics": "The draws of each iteration's model on held-out chunks.",
     "training": "Training loss, each on the token stream of its own format.",
+    "heldout": "Held-out measures during training: points as measured, lines the best so far.",
     "log_weight": "log w of the latents that each iteration learns from; the outermost bins hold"
     " all beyond.",
 }
@@ -45,6 +46,7 @@ def make(params: Mapping[str, Any], *, metrics: Path, out: Path) -> None:
         "parts": lambda: iterations.parts(results),
         "diagnostics": lambda: iterations.diagnostics(results),
         "training": lambda: curves.training(results),
+        "heldout": lambda: curves.heldout(results),
         "log_weight": lambda: curves.log_weight(results),
     }
     pictures: dict[str, Drawn | LeftOut] = {}

@@ -68,7 +68,7 @@ def active(model: PreTrainedModel) -> bool:
 @contextmanager
 def attention(model: PreTrainedModel, name: str | None) -> Iterator[None]:
     """Have the model attend by the implementation of that name meanwhile; null: as it does."""
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     if name is not None:
         model.set_attn_implementation(name)
     try:

@@ -27,7 +27,7 @@ from boltlm.model import checkpoint
 from boltlm.model.curve import COLUMNS
 from boltlm.model.resume import Checkpoints
 from boltlm.model.runs import CODE, publish
-from boltlm.model.settings import TrainConfig
+from boltlm.model.settings import TrainConfig, positive
 from boltlm.model.training import train
 from boltlm.params import build, section
 from boltlm.sequences import packing, store
@@ -52,6 +52,14 @@ class Pretrain:
     epochs: int
     length: int
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "layers", "heads", "feed_forward", "epochs")
+        if not 2 <= self.length <= self.window:
+            raise UserError(f"length must lie within 2 and window, {self.window}: {self.length}")
+        least = 256 + len(MARKERS) + 2
+        if self.vocabulary < least:
+            raise UserError(f"vocabulary must be {least} or more: every byte has a token")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +233,7 @@ def _pretrain(params: Mapping[str, Any], work: Path, out: Path, csv_path: Path) 
         "start": engine.content(out),
         "documents": digest.hexdigest(),
         "settings": [config.train.settings(), config.epochs, config.length, seed],
-        "code": engine.code(CODE),
+        "code": engine.code([*CODE, __name__]),
     }
     unfinished = work / "train" / engine.key(facts)
     with engine.alone(unfinished, "train base"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -54,7 +55,10 @@ def save(
     """Write weights (safetensors; the model's own where none are given), config, the tokenizer's
     files, and `training.json`."""
     logging.disable_progress_bar()
-    model.save_pretrained(folder, state_dict=weights)
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the model cannot be written ({error}); run again") from error
     if tokenizer_from != folder:
         for name in TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():

@@ -1,9 +1,11 @@
 """The training curve: `metrics/train/<name>.csv`, a line every n steps."""
 
 import csv
+import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +71,32 @@ class Curve:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("w", newline="", encoding="utf-8", buffering=1)
-            self.csv = csv.writer(self.file)
-            self.csv.writerows([COLUMNS, *self.lines])
+            self.lost = False
+            self._write([COLUMNS, *self.lines])
         for line in self.lines if self.live else []:
             self._tell(line)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.file is not None:
+        if self.file is None:
+            return
+        with suppress(OSError):  # what a full disk did not take is in its buffer
             self.file.close()
+        if self.lost and self.path is not None:
+            with self.path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, *self.lines])
+
+    def _write(self, lines: Sequence[Sequence[str]]) -> None:
+        """To the file as it grows. A disk that takes it not is told once and does not end the
+        training: at the end the file is written anew."""
+        if self.file is None or self.lost:
+            return
+        try:
+            csv.writer(self.file).writerows(lines)
+            self.file.flush()
+        except OSError as error:
+            self.lost = True
+            print(f"{self.path}: {error}; written at the end", file=sys.stderr)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -96,7 +115,8 @@ class Curve:
         heldout: Mapping[str, float],
         last: bool,
     ) -> None:
-        """Count one step. One with held-out measures has a line of its own."""
+        """Count one step. One with held-out measures has a line of its own; a bound that no draw
+        gave is left blank there."""
         self.first = loss if self.first is None else self.first
         self.step += 1
         self.tokens += tokens
@@ -116,11 +136,10 @@ class Curve:
             "utilisation": f"{speed * self.flops:.4f}",
             "memory_mib": f"{self.memory():.0f}",
             "seconds": f"{now - self.started:.1f}",
-            **{name: f"{value:.6f}" for name, value in heldout.items()},
+            **{name: f"{value:.6f}" for name, value in heldout.items() if math.isfinite(value)},
         }
         self.lines.append([line.get(name, "") for name in COLUMNS])
-        if self.file is not None:
-            self.csv.writerow(self.lines[-1])
+        self._write(self.lines[-1:])
         self._tell(self.lines[-1])
         self.told, self.sum, self.since = time.monotonic(), 0.0, 0
 

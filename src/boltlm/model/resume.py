@@ -32,45 +32,55 @@ class Checkpoints:
         path = self.folder / f"step-{steps:09}.pt"
         try:
             write(path, state)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        except OSError as error:
             path.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            said = f"no checkpoint at step {steps} ({reason}); the last is of step {self.kept}"
+            said = f"no checkpoint at step {steps} ({error}); the last is of step {self.kept}"
             print(f"{self.what}: {said}", file=sys.stderr)
             return
         self.kept = steps
         for old in self._paths()[:-KEPT]:
-            old.with_name(old.name + ".sha256").unlink(missing_ok=True)
-            old.unlink()
+            self._remove(old)
 
     def latest(self, decay: int | None = None) -> dict[str, Any] | None:
-        """The newest state that is whole; a torn one is told and passed over. `decay`: the step
-        at which the state before the decay is kept, which must be there for any state beyond."""
+        """The newest state that is whole; a torn one is told, passed over and taken away. `decay`:
+        the step at which the state before the decay is kept, which must be there for any state
+        beyond. Half-written files of killed processes are taken away too."""
+        for part in self.folder.glob(".*"):
+            part.unlink()
         lost = decay is not None and not engine.is_whole(self.folder / PREDECAY)
         for path in reversed(self._paths()):
             steps = int(path.stem.removeprefix("step-"))
-            if lost and steps > (decay or 0):
-                continue
-            if engine.is_whole(path):
+            beyond = lost and steps > (decay or 0)
+            if not beyond and engine.is_whole(path):
                 state = read(path)
                 self.kept = steps
                 print(f"{self.what}: going on behind step {self.kept}", file=sys.stderr)
                 return state
-            print(f"{self.what}: {path.name} is torn; looking at the one before", file=sys.stderr)
+            fault = f"is beyond the torn {PREDECAY}" if beyond else "is torn"
+            print(f"{self.what}: {path.name} {fault}; looking before it", file=sys.stderr)
+            self._remove(path)
         return None
 
     def clear(self) -> None:
         """The model is published: nothing to go on with."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _remove(self, path: Path) -> None:
+        path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+        path.unlink()
+
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Tensors and plain values, whole and sealed."""
-    with engine.whole(path) as part, part.open("wb") as file:
-        torch.save(dict(state), file)
+    """Tensors and plain values, whole and sealed. Raises OSError where the disk does not take
+    them."""
+    try:
+        with engine.whole(path) as part, part.open("wb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # what torch's writer makes of an error of the disk
+        raise OSError(f"{path}: cannot be written; is the disk full?") from error
     engine.seal(path)
 
 

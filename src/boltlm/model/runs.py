@@ -1,8 +1,9 @@
 """One training run of the experiment: an entry of `models` becomes `models/<name>`."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +24,14 @@ from boltlm.sequences.packing import Rows, SequenceConfig, Source, Writer
 from boltlm.tokens import TextCoder, most_chunk_tokens
 
 CODE = (
+    "boltlm.records",
     "boltlm.seeds",
+    "boltlm.tokens",
     "boltlm.sequences",
     "boltlm.model.attention",
     "boltlm.model.loss",
+    "boltlm.model.parallel",
+    "boltlm.model.runs",
     "boltlm.model.schedules",
     "boltlm.model.settings",
     "boltlm.model.training",
@@ -128,7 +133,8 @@ def run(
             "parent": engine.content(folder),
             "chunks": engine.content(paths.chunks),
             "data": engine.content(paths.data) if paths.data.is_dir() else None,
-            "settings": [shared, sequences.layout, section(params, f"models.{name}")],
+            "settings": [shared, sequences.layout, entry.format, entry.mix_raw],
+            "budget": asdict(entry.budget),
             "rest": [section(params, k) for k in ("seed", "context_chunks", "max_latent_tokens")],
             "code": engine.code(CODE),
         }
@@ -141,8 +147,8 @@ def run(
         rows = packing.open_rows(unfinished, sequences.length, section(params, "seed"))
         checkpoint.prepare_cpu()
         model = checkpoint.load(folder)
-        if start is not None:
-            _check_shapes(model, start, before)
+        if start is not None and here.is_main_process:
+            _check_shapes(model, start.moments)
         kept = Checkpoints(unfinished, config.checkpoint_every, f"train {name}")
         trained = train(
             model,
@@ -204,8 +210,8 @@ def _pack(
         main = store.write(where / "documents", texts)
         found = [Source(main, writer(entry.format), 1 - entry.mix_raw)]
         if entry.mix_raw:
-            texts = store.texts(paths.chunks, None)
-            found.append(Source(store.write(where / "raw", texts), writer("raw"), entry.mix_raw))
+            raw_documents = store.write(where / "raw", store.texts(paths.chunks, None))
+            found.append(Source(raw_documents, writer("raw"), entry.mix_raw, ("raw",)))
         return found
 
     def tokens(found: Sequence[Source], where: Path) -> int:
@@ -242,13 +248,16 @@ def going_on(before: Path, shared: Mapping[str, Any]) -> Start:
             f"{before}: cannot be gone on from, its settings differ: {', '.join(differ)}; give"
             " both runs the same, or start from its final weights with schedule.kind cosine"
         )
-    return Start(facts["steps"], facts["tokens"], resume.read(before / MOMENTS))
+    return Start(facts["steps"], facts["tokens"], before / MOMENTS)
 
 
-def _check_shapes(model: PreTrainedModel, start: Start, before: Path) -> None:
-    """Raises UserError where the moments are not those of the model's parameters."""
+def _check_shapes(model: PreTrainedModel, path: Path) -> None:
+    """Raises UserError where the moments in a file are not those of the model's parameters."""
+    if not engine.is_whole(path):
+        raise UserError(f"{path} is torn; train the model that it belongs to again")
+    before, state = path.parent, resume.read(path)["state"]
     wanted = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
-    for name, moments in start.optimizers["state"].items():
+    for name, moments in state.items():
         for moment in moments.values():
             shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else ()
             if name not in wanted or shape not in ((), (1,), wanted[name]):
@@ -256,7 +265,7 @@ def _check_shapes(model: PreTrainedModel, start: Start, before: Path) -> None:
                     f"{before}: {MOMENTS} is of another model: {name} has {list(shape)} there,"
                     f" {list(wanted.get(name, ()))} in the weights"
                 )
-    if lacking := wanted.keys() - start.optimizers["state"].keys():
+    if lacking := wanted.keys() - state.keys():
         raise UserError(f"{before}: {MOMENTS} is of another model, it lacks {min(lacking)}")
 
 
@@ -272,6 +281,8 @@ def publish(
 ) -> None:
     """Write the trained model, and a continual run's state before the decay beside it."""
     told = {**facts, "steps": trained.steps, "tokens": trained.tokens}
+    for name in ("final", "predecay"):  # of another schedule's run: they would be used
+        shutil.rmtree(out / name, ignore_errors=True)
     place = out / "final" if continual else out
     checkpoint.save(model, place, tokenizer_from, told, trained.weights)
     if continual:

@@ -59,7 +59,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "learning_rate", "clip_norm", "batch_rows", "micro_rows", "log_every")
-        positive(self, "checkpoint_every")
+        positive(self, "checkpoint_every", "epsilon")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1, beta2 lie in [0, 1), found {self.beta1}, {self.beta2}")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay must be 0 or more, found {self.weight_decay}")
 
     def settings(self) -> dict[str, Any]:
         """What the numbers hang on, JSON-ready."""
@@ -70,7 +74,7 @@ def positive(config: object, *names: str) -> None:
     """Raises UserError where one of the named fields is 0 or less."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise UserError(f"{name} must be above 0, found {value}")
 
 

@@ -30,12 +30,12 @@ Hook = Callable[[PreTrainedModel], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a continual run goes on from: its ancestors' steps and tokens, and the moments that
-    the optimisers had before the last decay."""
+    """What a continual run goes on from: its ancestors' steps and tokens, and the file of the
+    moments that the optimisers had before the last decay."""
 
     steps: int
     tokens: int
-    optimizers: dict[str, Any]
+    moments: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,16 @@ def train(
                 config.schedule, config.learning_rate, step, steps, warm=start is not None
             )
             torch.manual_seed(_seed(seed, step))
-            loss, tokens = _gradients(module, rows.batch(step, config.batch_rows), config)
+            try:
+                loss, tokens = _gradients(module, rows.batch(step, config.batch_rows), config)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{what}: the GPU's memory is too small; lower train.micro_rows (rows at once)"
+                    " or set train.activation_checkpointing, and run again to go on"
+                ) from error
             norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-            _check(loss, norm, curve, model.config.vocab_size, what, kept)
+            _check(step, loss, norm, curve, model.config.vocab_size, what, kept)
             for stepper in steppers:
                 for group in stepper.param_groups:
                     group["lr"] = rate
@@ -165,7 +171,9 @@ def _restored(
     if known:
         parallel.restore(module, steppers, state or {})
     elif start is not None:
-        parallel.restore(module, steppers, {"optimizers": start.optimizers})
+        main = parallel.machine().is_main_process
+        moments = resume.read(start.moments) if main else {}
+        parallel.restore(module, steppers, {"optimizers": moments})
     return known
 
 
@@ -229,7 +237,13 @@ def _keep(
 
 
 def _check(
-    loss: float, norm: float, curve: Curve, vocabulary: int, what: str, kept: Checkpoints
+    step: int,
+    loss: float,
+    norm: float,
+    curve: Curve,
+    vocabulary: int,
+    what: str,
+    kept: Checkpoints,
 ) -> None:
     """Raises UserError before a step that would spoil the weights."""
     guess = math.log(vocabulary)
@@ -239,7 +253,9 @@ def _check(
         return
     fault = f"loss is {loss:.4g}" if not math.isfinite(loss) or good else f"gradient is {norm}"
     left = f"; the checkpoint of step {kept.kept} is in {kept.folder}" if kept.kept else ""
-    raise UserError(f"{what}: {fault} at step {curve.step + 1}{left}; lower train.learning_rate")
+    raise UserError(
+        f"{what}: {fault} at step {step + 1} of this run{left}; lower train.learning_rate"
+    )
 
 
 def _measured(model: PreTrainedModel, hook: Hook) -> dict[str, float]:

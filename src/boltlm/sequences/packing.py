@@ -7,6 +7,7 @@ the corpus, and the rows of any step are found from the seed and the step.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,17 +98,19 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Stored documents, how they are written, and their share of the stream's tokens."""
+    """Stored documents, how they are written, and their share of the stream's tokens. `beside`:
+    what tells the order of a further source from the first's."""
 
     store: Store
     writer: Writer
     weight: float = 1.0
+    beside: tuple[str, ...] = ()
 
     def epoch(self, epoch: int, scratch: Path) -> Iterator[np.ndarray]:
         """The runs of one epoch, int32, in its order, every one once."""
         for index in _shuffled(
             self.writer.runs(self.store),
-            generator(self.writer.seed, "epoch", epoch),
+            generator(self.writer.seed, "epoch", epoch, *self.beside),
             scratch,
         ):
             pieces = self.writer.run(self.store, int(index), epoch)
@@ -132,11 +135,13 @@ class Source:
 def _shuffled(count: int, random: np.random.Generator, folder: Path) -> np.ndarray:
     """0 … count − 1 in the order of `random.permutation`, in a file without a name, whose pages
     the system may drop from memory."""
+    if not count:
+        return np.zeros(0, PLACES)
     with TemporaryFile(dir=folder) as file:
-        mapped = np.memmap(file, PLACES, mode="w+", shape=(max(count, 1),))
-    order = np.asarray(mapped)[:count]
-    for start in range(0, count, PIECE):
-        order[start : start + PIECE] = np.arange(start, min(start + PIECE, count))
+        for start in range(0, count, PIECE):  # written, not mapped: a full disk is an error here
+            file.write(np.arange(start, min(start + PIECE, count), dtype=PLACES).tobytes())
+        file.flush()
+        order = np.asarray(np.memmap(file, PLACES, mode="r+"))
     random.shuffle(order)
     return order
 
@@ -206,7 +211,7 @@ def pack(
     where they are not there yet from the sources that the call stores there."""
     if (epochs is None) == (tokens is None):
         raise UserError("a budget is either epochs or tokens")
-    if not (folder / FACTS).is_file():
+    if not _is_whole(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = sources(folder)
         most = tokens(found, folder) if callable(tokens) else tokens
@@ -229,10 +234,21 @@ def _write(
             total += len(left)
             if total == most:
                 break
+        file.flush()
+        os.fsync(file.fileno())
     facts = {"tokens": total, "dtype": dtype.str, "digest": digest.hexdigest()}
     facts |= sources[0].store.facts()
     with engine.whole(folder / FACTS) as part:
         part.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a packed folder is finished, and its stream as long as it was then."""
+    if not (folder / FACTS).is_file():
+        return False
+    known = facts(folder)
+    length = int(known["tokens"]) * np.dtype(str(known["dtype"])).itemsize
+    return (folder / "stream").stat().st_size == length
 
 
 def facts(folder: Path) -> dict[str, int | str]:
@@ -241,8 +257,12 @@ def facts(folder: Path) -> dict[str, int | str]:
 
 
 def open_rows(folder: Path, length: int, seed: int) -> Rows:
-    """The rows of a packed folder, in the order of (seed)."""
+    """The rows of a packed folder, in the order of (seed). Raises UserError where there is none."""
     known = facts(folder)
+    if int(known["tokens"]) < 2:
+        raise UserError(
+            "the budget leaves no token to predict; see params.yaml, models.<name>.budget"
+        )
     stream = np.asarray(np.memmap(folder / "stream", np.dtype(str(known["dtype"])), mode="r"))
     count = -(-(len(stream) - 1) // length)
     order = _shuffled(count, generator(seed, "rows"), folder)
