@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boltlm.evaluation import likelihood
-from boltlm.evaluation.likelihood import bounds, documents_of, ratio, raw_nll
+from boltlm.evaluation.likelihood import bounds, documents_of, ratio, raw_nll, raw_scores
 from boltlm.records import Chunk, Sample
 from tests import exact, tiny
 
@@ -148,39 +148,40 @@ WINDOW = 9
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[list[int]]:
+def documents() -> dict[str, list[int]]:
     """Lengths around the borders of windows of eight tokens behind one."""
     rng = np.random.default_rng(5)
-    return [rng.choice(tiny.ORDINARY, size=n).tolist() for n in (1, 7, 8, 9, 16, 17, 30)]
+    lengths = (1, 7, 8, 9, 16, 17, 30)
+    return {f"d{n}": rng.choice(tiny.ORDINARY, size=n).tolist() for n in lengths}
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 1000])
 def test_raw_nll_equals_a_plain_recomputation(
-    enumerable: tiny.Tiny, documents: list[list[int]], batch_tokens: int
+    enumerable: tiny.Tiny, documents: dict[str, list[int]], batch_tokens: int
 ) -> None:
     """−log p of the text after BOS, EOS left out; beyond the window each further window begins
     with the token before it."""
     slow, m = exact.double(enumerable.model), enumerable.markers
     sums = []
-    for tokens in documents:
+    for tokens in documents.values():
         total, place = 0.0, 0
         while place < len(tokens):
             before = m.bos if place == 0 else tokens[place - 1]
             total -= exact.log_probs(slow, [before], tokens[place : place + WINDOW - 1]).sum()
             place += WINDOW - 1
         sums.append(total)
-    lengths = [len(tokens) for tokens in documents]
-    measured = raw_nll(enumerable.model, m, documents, WINDOW, batch_tokens)
+    lengths = [len(tokens) for tokens in documents.values()]
+    measured = raw_nll(raw_scores(enumerable.model, m, documents, WINDOW, batch_tokens))
     assert measured["nll_per_token"] == pytest.approx(sum(sums) / sum(lengths), abs=1e-5)
     assert measured["nll_per_token_se"] == pytest.approx(delta(sums, lengths), rel=1e-3)
-    whole = raw_nll(enumerable.model, m, documents, tiny.WINDOW, batch_tokens)
-    unbroken = [-exact.log_probs(slow, [m.bos], tokens).sum() for tokens in documents]
+    whole = raw_nll(raw_scores(enumerable.model, m, documents, tiny.WINDOW, batch_tokens))
+    unbroken = [-exact.log_probs(slow, [m.bos], tokens).sum() for tokens in documents.values()]
     assert whole["nll_per_token"] == pytest.approx(sum(unbroken) / sum(lengths), abs=1e-5)
     assert abs(whole["nll_per_token"] - measured["nll_per_token"]) > 1e-3
 
 
 def test_windows_score_every_token_once(
-    enumerable: tiny.Tiny, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    enumerable: tiny.Tiny, documents: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No token is skipped or scored twice at a border, and no window is longer than the model's."""
     asked: list[tuple[list[int], list[int]]] = []
@@ -192,10 +193,10 @@ def test_windows_score_every_token_once(
         return [[-np.ones(len(branch)) for branch in group] for group in branches]
 
     monkeypatch.setattr(likelihood, "token_log_probs", count)
-    measured = raw_nll(enumerable.model, enumerable.markers, documents, WINDOW, 100)
+    measured = raw_nll(raw_scores(enumerable.model, enumerable.markers, documents, WINDOW, 100))
     assert measured["nll_per_token"] == 1
     assert [token for _, branch in asked for token in branch] == [
-        token for tokens in documents for token in tokens
+        token for tokens in documents.values() for token in tokens
     ]
     assert all(len(prefix) == 1 and 1 <= len(branch) <= WINDOW - 1 for prefix, branch in asked)
 
@@ -206,7 +207,7 @@ def test_documents_are_their_chunks_joined() -> None:
         Chunk(doc_id=doc, chunk=n, text="", tokens=tokens)
         for doc, n, tokens in (("a", 0, (1, 2)), ("a", 1, (3,)), ("b", 0, (4,)))
     ]
-    assert documents_of(chunks) == [[1, 2, 3], [4]]
+    assert documents_of(chunks) == {"a": [1, 2, 3], "b": [4]}
 
 
 def test_a_bound_of_nothing_is_not_a_number() -> None:

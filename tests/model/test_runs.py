@@ -10,7 +10,7 @@ import pytest
 from boltlm.errors import UserError
 from boltlm.model import runs
 from boltlm.params import load
-from boltlm.records import Chunk, TeacherLatent, write_shard
+from boltlm.records import Chunk, Paraphrase, TeacherLatent, write_shard
 from boltlm.sequences import store
 from boltlm.sequences.packing import Source, Writer
 from boltlm.tokens import TextCoder
@@ -44,6 +44,7 @@ def run(
     amount: int,
     mix_raw: float = 0,
     train: dict[str, Any] | None = None,
+    of: str = "own",
     **changes: Any,
 ) -> dict[str, Any]:
     """The facts of one run; its rows and curve are in `out`."""
@@ -64,7 +65,7 @@ def run(
         runs.Paths(
             base,
             data / "chunks",
-            data / "teacher" / "own",
+            data / "teacher" / of,
             out / "work",
             out / "model",
             out / "curve.csv",
@@ -111,6 +112,35 @@ def test_the_matched_baseline_sees_as_many_tokens(
     assert raw["tokens"] == latent["tokens"] > epoch_tokens(data, base_folder, tmp_path, "raw", 2)
     given = run(data, base_folder, tmp_path / "tokens", "raw", "tokens", 100)
     assert given["tokens"] == 99
+
+
+def test_paraphrases_are_trained_beside_raw_documents(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """WRAP: so many epochs of the paraphrases, as raw text, and as many tokens again of the
+    corpus's own documents for `mix_raw: 0.5`."""
+    told = [
+        Paraphrase(doc_id=f"d{d}", paraphrase=p, style="cot", text="Up by 2. " * 3, reason=None)
+        for d in range(6)
+        for p in range(2)
+    ]
+    write_shard(data / "teacher" / "told" / "00000.parquet", Paraphrase, told)
+    each = len(TextCoder(base_folder).encode("Up by 2. " * 3)) + 2
+    alone = run(data, base_folder, tmp_path / "a", "paraphrase", "epochs", 2, of="told")
+    assert alone["tokens"] == 2 * 12 * each - 1
+    assert (alone["documents"], alone["latent_tokens"]) == (12, 0)
+    mixed = run(
+        data, base_folder, tmp_path / "b", "paraphrase", "epochs", 2, of="told", mix_raw=0.5
+    )
+    assert abs(mixed["tokens"] - 2 * alone["tokens"]) <= 40  # a document of the corpus
+    with pytest.raises(UserError, match=r"mix_raw.*raw"):
+        run(data, base_folder, tmp_path / "c", "raw", "epochs", 2, mix_raw=0.5)
+
+
+def test_a_budget_in_steps(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """Every one of them with all its rows."""
+    facts = run(data, base_folder, tmp_path, "latent", "steps", 3)
+    assert (facts["steps"], facts["tokens"]) == (3, 3 * 4 * 32)
 
 
 def test_a_run_overrides_the_section_train(data: Path, base_folder: Path, tmp_path: Path) -> None:

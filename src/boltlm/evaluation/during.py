@@ -36,8 +36,8 @@ def measures(
     whole = likelihood.documents_of(chunks)
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
-        raw = likelihood.raw_nll(model, coder.markers, whole, coder.window, config.batch_tokens)
-        measured = {"heldout_nll": raw["nll_per_token"]}
+        raw = likelihood.raw_scores(model, coder.markers, whole, coder.window, config.batch_tokens)
+        measured = {"heldout_nll": likelihood.raw_nll(raw)["nll_per_token"]}
         if latent:
             estep = EStep(
                 model,

@@ -1,8 +1,11 @@
 """Likelihood measures (SPEC section 5): pooled over documents, in nats, with standard errors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedModel
 
 from boltlm.records import Chunk, Sample
@@ -38,20 +41,26 @@ def bounds(
     lengths_C = np.asarray(raw_tokens, dtype=float)
     found: dict[str, float] = {}
     for size in sizes:
-        whole = log_w_CK.shape[1] // size * size
-        bound_CG = iwae(log_w_CK[:, :whole].reshape(len(groups), -1, size))
-        finite_CG = np.isfinite(bound_CG)
-        share_C = finite_CG.mean(1)
-        mean_C = np.where(finite_CG, bound_CG, 0.0).sum(1) / np.maximum(finite_CG.sum(1), 1)
+        bound_C, share_C = chunk_bounds(log_w_CK, size)
         known_C = share_C > 0
-        above = np.bincount(place, np.where(known_C, mean_C, 0.0), len(documents))
+        above = np.bincount(place, np.where(known_C, bound_C, 0.0), len(documents))
         below = np.bincount(place, np.where(known_C, lengths_C, 0.0), len(documents))
         name = f"elbo_per_token_k{size}"
         found[name], found[f"{name}_se"] = ratio(above, below)
-        found[f"elbo_failed_fraction_k{size}"] = float(1 - finite_CG.mean())
+        found[f"elbo_failed_fraction_k{size}"] = float(1 - share_C.mean())
     largest = f"elbo_per_token_k{max(sizes)}"
     found["elbo_per_token"], found["elbo_per_token_se"] = found[largest], found[f"{largest}_se"]
     return found | _parts(groups, place, len(documents))
+
+
+def chunk_bounds(log_w_CK: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each chunk the mean of its finite bounds over disjoint sets of `size` draws, nats, 0
+    where none is finite; and the share of its sets whose bound is."""
+    whole = log_w_CK.shape[1] // size * size
+    bound_CG = iwae(log_w_CK[:, :whole].reshape(len(log_w_CK), -1, size))
+    finite_CG = np.isfinite(bound_CG)
+    mean_C = np.where(finite_CG, bound_CG, 0.0).sum(1) / np.maximum(finite_CG.sum(1), 1)
+    return mean_C, finite_CG.mean(1)
 
 
 def _parts(
@@ -74,32 +83,54 @@ def _parts(
     return found
 
 
-def raw_nll(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentScore:
+    """A held-out document, its tokens, and −log p of its raw text after BOS, nats."""
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        {"doc_id": pa.string(), "tokens": pa.int64(), "nll": pa.float64()}
+    )
+    doc_id: str
+    tokens: int
+    nll: float
+
+
+def raw_nll(scores: Sequence[DocumentScore]) -> dict[str, float]:
+    """−log p of the raw documents per token of text (EOS is not text), pooled."""
+    nats = np.array([score.nll for score in scores])
+    tokens = np.array([score.tokens for score in scores], dtype=float)
+    value, error = ratio(nats, tokens)
+    return {"nll_per_token": value, "nll_per_token_se": error}
+
+
+def raw_scores(
     model: PreTrainedModel,
     markers: Markers,
-    documents: Sequence[Sequence[int]],
+    documents: Mapping[str, Sequence[int]],
     window: int,
     batch_tokens: int,
-) -> dict[str, float]:
-    """−log p of the raw documents after BOS, per token of text (EOS is not text). A document
-    beyond the window is scored in windows, each of which begins with the token before it."""
+) -> list[DocumentScore]:
+    """Each document's raw likelihood. One beyond the window is scored in windows, each of which
+    begins with the token before it."""
     prefixes: list[list[int]] = []
     branches: list[list[Sequence[int]]] = []
     owner: list[int] = []
-    for index, tokens in enumerate(documents):
+    for index, tokens in enumerate(documents.values()):
         for start in range(0, len(tokens), window - 1):
             prefixes.append([tokens[start - 1] if start else markers.bos])
             branches.append([tokens[start : start + window - 1]])
             owner.append(index)
     logs = token_log_probs(model, prefixes, branches, batch_tokens)
     sums = np.bincount(owner, [-log[0].sum() for log in logs], len(documents))
-    value, error = ratio(sums, np.array([len(tokens) for tokens in documents], dtype=float))
-    return {"nll_per_token": value, "nll_per_token_se": error}
+    return [
+        DocumentScore(doc_id=name, tokens=len(tokens), nll=float(nats))
+        for (name, tokens), nats in zip(documents.items(), sums, strict=True)
+    ]
 
 
-def documents_of(chunks: Sequence[Chunk]) -> list[list[int]]:
-    """The raw token ids of each document, its chunks joined."""
+def documents_of(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+    """The raw token ids of each document by its id, its chunks joined."""
     found: dict[str, list[int]] = {}
     for chunk in chunks:
         found.setdefault(chunk.doc_id, []).extend(chunk.tokens)
-    return list(found.values())
+    return found

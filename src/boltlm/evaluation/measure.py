@@ -17,6 +17,7 @@ from boltlm.sampling.shards import context_room, make_estep
 from boltlm.sampling.weights import Summary
 
 BATCH_DOCUMENTS = 100
+RAW, LATENT, ANSWERS = "raw", "likelihood", "answers"  # tables in a model's folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,18 +45,20 @@ def measure(
     room = context_room(estep.coder, params)
     found = list(read(chunks, Chunk))
     out.mkdir(parents=True, exist_ok=True)
-    measured = likelihood.raw_nll(
+    scores = likelihood.raw_scores(
         estep.model,
         estep.markers,
         likelihood.documents_of(found),
         estep.coder.window,
         estep.config.batch_tokens,
     )
+    write_shard(out / RAW / shard_name(0), likelihood.DocumentScore, scores)
+    measured = likelihood.raw_nll(scores)
     measured["heldout_documents"] = len({chunk.doc_id for chunk in found})
     measured["heldout_tokens"] = sum(len(chunk.tokens) for chunk in found)
     if latent_format:
         groups = _draw(params, name, estep, found, room, max(config.k_samples))
-        write_shard(out / "likelihood" / shard_name(0), Sample, [s for g in groups for s in g])
+        write_shard(out / LATENT / shard_name(0), Sample, [s for g in groups for s in g])
         lengths = [len(chunk.tokens) for chunk in found]
         measured |= likelihood.bounds(groups, lengths, config.k_samples)
         summary = Summary(groups, references(split / config.corpus, chunks))
@@ -106,6 +109,6 @@ def _questions(
         task = f"questions/{space}"
         measured[f"{task}/accuracy"], measured[f"{task}/accuracy_se"] = answers.accuracy(batch)
         given += batch
-    write_shard(out / "answers" / shard_name(0), answers.Answer, given)
+    write_shard(out / ANSWERS / shard_name(0), answers.Answer, given)
     measured["questions"] = len(asked)
     return measured
