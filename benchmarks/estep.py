@@ -13,7 +13,6 @@ process of its own and is run three times; the best of the last two counts, with
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
+
+from sides import add_paths, measured  # noqa: E402
 
 from boltlm.params import load, section  # noqa: E402
 from boltlm.records import Chunk, read  # noqa: E402
@@ -195,12 +196,7 @@ def side(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag, default in (
-        ("--params", "params.yaml"),
-        ("--model", "models/em1"),
-        ("--chunks", "data/chunks/em"),
-    ):
-        parser.add_argument(flag, type=Path, default=Path(default))
+    add_paths(parser, params="params.yaml", model="models/em1", chunks="data/chunks/em")
     parser.add_argument("--limit", type=int, default=300, help="chunks")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -210,9 +206,7 @@ def main() -> None:
         return
     found: dict[str, dict[str, float]] = {}
     for name in SIDES:
-        command = [sys.executable, __file__, "--side", name, *sys.argv[1:]]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name] = measured("--side", name)
         print(name, json.dumps(found[name]), flush=True)
     speed = {name: facts["chunks_per_second"] for name, facts in found.items()}
     best = max(speed["ours_transformers"], speed["ours_vllm"])

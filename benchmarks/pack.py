@@ -15,7 +15,6 @@ import gzip
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
+
+from sides import add_paths, measured  # noqa: E402
 
 from boltlm.corpus import generated, sources  # noqa: E402
 from boltlm.params import load  # noqa: E402
@@ -126,13 +127,13 @@ def side(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag, default in (
-        ("--params", "params.yaml"),
-        ("--model", "models/base"),
-        ("--chunks", "data/chunks/em"),
-        ("--data", "data/latents/em1"),
-    ):
-        parser.add_argument(flag, type=Path, default=Path(default))
+    add_paths(
+        parser,
+        params="params.yaml",
+        model="models/base",
+        chunks="data/chunks/em",
+        data="data/latents/em1",
+    )
     parser.add_argument("--corpus", type=Path, default=None, help="JSONL.gz with the column text")
     parser.add_argument("--documents", type=int, default=1000, help="at the size 1")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -143,9 +144,7 @@ def main() -> None:
         return
     found: dict[tuple[str, int], dict[str, float]] = {}
     for size, name in itertools.product(SIZES, SIDES):
-        command = [sys.executable, __file__, "--side", name, "--size", str(size), *sys.argv[1:]]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[name, size] = json.loads(done.stdout.splitlines()[-1])
+        found[name, size] = measured("--side", name, "--size", str(size))
         print(name, size, json.dumps(found[name, size]), flush=True)
     speeds = {key: facts["tokens_per_second"] for key, facts in found.items()}
     facts = {"cores": os.cpu_count()}

@@ -13,7 +13,6 @@ size with random weights, rows of 2048.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
+
+from sides import add_paths, measured  # noqa: E402
 
 from boltlm.model import checkpoint, flops  # noqa: E402
 from boltlm.model.resume import Checkpoints  # noqa: E402
@@ -181,13 +182,13 @@ def side(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag, default in (
-        ("--params", "params.yaml"),
-        ("--model", "models/base"),
-        ("--chunks", "data/chunks/em"),
-        ("--data", "data/latents/em1"),
-    ):
-        parser.add_argument(flag, type=Path, default=Path(default))
+    add_paths(
+        parser,
+        params="params.yaml",
+        model="models/base",
+        chunks="data/chunks/em",
+        data="data/latents/em1",
+    )
     parser.add_argument("--random", choices=tuple(RANDOM), help="a Llama of that size")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-rows", type=int, default=8)
@@ -205,9 +206,7 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
         for name in SIDES:
-            command = [sys.executable, __file__, "--side", name, *sys.argv[1:]]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = measured("--side", name)
             print(name, json.dumps(found), flush=True)
             if name not in best or found["tokens_per_second"] > best[name]["tokens_per_second"]:
                 best[name] = found
