@@ -1,9 +1,9 @@
 """Trains a model on a corpus, with latents, raw, or paraphrased.
 
     python stages/train.py --params params.yaml --name em1 --parent models/base \
-        --chunks data/chunks/em --data data/latents/em1 --heldout data/chunks/heldout \
-        --work .work --out models/em1 --csv metrics/train/em1.csv --db mlflow.db \
-        --artifacts mlartifacts
+        --chunks data/chunks/em --data data/latents/em1 --mixed data/chunks/em \
+        --heldout data/chunks/heldout --work .work --out models/em1 \
+        --csv metrics/train/em1.csv --db mlflow.db --artifacts mlartifacts
 
 On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] in the place of python.
 """
@@ -27,8 +27,9 @@ MEASURES = "boltlm.evaluation.during"
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    flags = ("--params", "--parent", "--chunks", "--data", "--heldout", "--work", "--out", "--csv")
-    for flag in (*flags, "--db", "--artifacts"):
+    for flag in ("--params", "--parent", "--chunks", "--data", "--mixed", "--heldout"):
+        parser.add_argument(flag, type=Path, required=True)
+    for flag in ("--work", "--out", "--csv", "--db", "--artifacts"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
@@ -51,7 +52,7 @@ def main() -> None:
         place = tracking.store(work_root(args.db), work_root(args.artifacts))
         live = tracking.live(params, args.name, place)
     work = work_root(args.work)
-    paths = Paths(args.parent, args.chunks, args.data, work, args.out, args.csv)
+    paths = Paths(args.parent, args.chunks, args.mixed, args.data, work, args.out, args.csv)
     run(params, args.name, paths, hook=hook, live=live)
 
 

@@ -41,9 +41,10 @@ def stage(chunks: Path, parent: Path, out: Path, seed: int, **changes: Any) -> P
     params["sequences"] |= {"length": 32, "layout": "document"}
     params["seed"] = seed
     entry = {"corpus": "em", "data": "split/em", "format": "raw", "mix_raw": 0, "train": {}}
+    entry["mix_corpus"] = "em"
     budget = {"kind": "steps", "amount": STEPS}
     params["models"] = {"arm": {**entry, "parent": "base", "budget": budget}}
-    paths = runs.Paths(parent, chunks, chunks, out / "work", out, out.with_suffix(".csv"))
+    paths = runs.Paths(parent, chunks, chunks, chunks, out / "work", out, out.with_suffix(".csv"))
     runs.run(params, "arm", paths)
     return out
 

@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo): the curve and the checkpoint of one alone."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ class Stage:
         params["train"] |= {"optimizer": "adamw", "precision": "float32", "log_every": 1}
         params["train"] |= {"batch_rows": 5, "micro_rows": 2, "checkpoint_every": 4, **train}
         entry = {"corpus": "em", "data": "split/em", "format": "raw", "mix_raw": 0, "train": {}}
+        entry["mix_corpus"] = "em"
         budget = {"kind": "steps", "amount": 10}
         params["models"] = {"arm": {**entry, "parent": str(base), "budget": budget}}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -57,6 +59,7 @@ class Stage:
             "parent": self.base,
             "chunks": place / "chunks",
             "data": place / "none",
+            "mixed": place / "chunks",
             "heldout": place / "chunks",
             "work": place / (work or f"{name}-work"),
             "out": place / name,
@@ -99,6 +102,26 @@ def test_two_processes_train_as_one(launcher: list[str], base_folder: Path, tmp_
     assert (found - before).abs().max() > 1e-2
     files = {path.name for path in (tmp_path / "both").iterdir()}
     assert files == {path.name for path in (tmp_path / "alone").iterdir()}
+
+
+@pytest.mark.timeout(400)
+def test_muon_and_tied_weights_are_sharded(base_folder: Path, tmp_path: Path) -> None:
+    """Muon makes its step of a whole matrix, of which each process holds rows; a tied matrix is
+    one parameter and is published as one."""
+    model = checkpoint.load(base_folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    tied = tmp_path / "base"
+    shutil.copytree(base_folder, tied)
+    checkpoint.save(model, tied, base_folder, {})
+    stage = Stage(tmp_path, tied, optimizer="muon")
+    alone, both = stage.run("alone", []), stage.run("both", FSDP)
+    assert alone[0]["loss"] - alone[-1]["loss"] > 0.01
+    np.testing.assert_allclose(losses(both), losses(alone), atol=1e-5)
+    one, other = (checkpoint.load(tmp_path / name) for name in ("alone", "both"))
+    assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # its step is made in bfloat16
 
 
 @pytest.mark.timeout(400)

@@ -198,7 +198,7 @@ def test_sigkill_of_the_stage(base_folder: Path, tmp_path: Path) -> None:
     params["train"] |= {"batch_rows": 2, "log_every": 1, "checkpoint_every": 5}
     params["sequences"] |= {"length": 64, "layout": "document"}
     entry = {"parent": "base", "corpus": "em", "data": "split/em", "format": "raw", "train": {}}
-    entry["mix_raw"] = 0
+    entry |= {"mix_raw": 0, "mix_corpus": "em"}
     params["models"] = {"arm": {**entry, "budget": {"kind": "epochs", "amount": 1}}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 
@@ -209,6 +209,7 @@ def test_sigkill_of_the_stage(base_folder: Path, tmp_path: Path) -> None:
             "parent": base_folder,
             "chunks": tmp_path / "chunks",
             "data": tmp_path / "data",
+            "mixed": tmp_path / "chunks",
             "heldout": tmp_path / "chunks",
             "db": tmp_path / "mlflow.db",
             "artifacts": tmp_path / "artifacts",

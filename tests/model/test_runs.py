@@ -45,6 +45,7 @@ def run(
     mix_raw: float = 0,
     train: dict[str, Any] | None = None,
     of: str = "own",
+    mix_corpus: str = "em",
     **changes: Any,
 ) -> dict[str, Any]:
     """The facts of one run; its rows and curve are in `out`."""
@@ -55,7 +56,7 @@ def run(
     params["sequences"] |= changes
     budget = {"kind": kind, "amount": amount}
     entry: dict[str, Any] = {"parent": "base", "corpus": "em", "data": "teacher/own"}
-    entry |= {"format": form, "mix_raw": mix_raw}
+    entry |= {"format": form, "mix_raw": mix_raw, "mix_corpus": mix_corpus}
     params["models"] = {
         "arm": {**entry, "budget": budget, "train": {"learning_rate": 0.01, **(train or {})}}
     }
@@ -65,6 +66,7 @@ def run(
         runs.Paths(
             base,
             data / "chunks",
+            data / ("chunks" if mix_corpus == "em" else mix_corpus),
             data / "teacher" / of,
             out / "work",
             out / "model",
@@ -135,6 +137,20 @@ def test_paraphrases_are_trained_beside_raw_documents(
     assert abs(mixed["tokens"] - 2 * alone["tokens"]) <= 40  # a document of the corpus
     with pytest.raises(UserError, match=r"mix_raw.*raw"):
         run(data, base_folder, tmp_path / "c", "raw", "epochs", 2, mix_raw=0.5)
+
+
+def test_documents_of_another_corpus_are_mixed_in(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """A raw run with three tokens in four of another corpus's documents, as for replay."""
+    other = [Chunk(doc_id=f"o{d}", chunk=0, text="y", tokens=(3,) * 18) for d in range(40)]
+    write_shard(data / "other" / "00000.parquet", Chunk, other)
+    alone = run(data, base_folder, tmp_path / "a", "raw", "epochs", 2)
+    mixed = run(
+        data, base_folder, tmp_path / "b", "raw", "epochs", 2, mix_raw=0.75, mix_corpus="other"
+    )
+    assert abs(mixed["tokens"] - 4 * alone["tokens"]) <= 80  # a few documents of twenty tokens
+    assert mixed["documents"] == alone["documents"]
 
 
 def test_a_budget_in_steps(data: Path, base_folder: Path, tmp_path: Path) -> None:

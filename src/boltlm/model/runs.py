@@ -20,7 +20,7 @@ from boltlm.model.training import Hook, Start, Trained, of_model, train
 from boltlm.params import build, section
 from boltlm.sequences import packing, store
 from boltlm.sequences.layouts import Format
-from boltlm.sequences.packing import Rows, SequenceConfig, Source, Writer
+from boltlm.sequences.packing import SequenceConfig, Source, Writer
 from boltlm.tokens import TextCoder, most_chunk_tokens
 
 CODE = (
@@ -69,7 +69,7 @@ class Budget:
 class ModelEntry:
     """Params entry `models.<name>`. `parent`: the model it starts from; `data`: the folder
     under data/ with the latents or paraphrases (a raw run names its documents, or the latents it
-    is matched to); `mix_raw`: share of the tokens that are the corpus's raw documents, beside
+    is matched to); `mix_raw`: share of the tokens that are raw documents of `mix_corpus`, beside
     those of the format; `train`: what it changes in the section `train`."""
 
     parent: str
@@ -77,25 +77,27 @@ class ModelEntry:
     data: str
     format: Format
     mix_raw: float
+    mix_corpus: str
     budget: Budget
     train: dict[str, Any]
 
     def __post_init__(self) -> None:
         if not 0 <= self.mix_raw < 1:
             raise UserError(f"mix_raw lies in [0, 1), found {self.mix_raw}")
-        if self.mix_raw and self.format == "raw":
-            raise UserError("mix_raw must be 0 for the format raw")
+        if self.mix_raw and self.format == "raw" and self.mix_corpus == self.corpus:
+            raise UserError("mix_raw must be 0 where the format is raw and mix_corpus the corpus")
         if self.budget.kind == "matched_epochs" and self.format == "paraphrase":
             raise UserError("budget.kind matched_epochs needs latents in `data`, not paraphrases")
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where a run reads and writes. `out`: the model's folder; `csv`: its curve; `work`: for what
-    is unfinished."""
+    """Where a run reads and writes. `chunks`, `mixed`: of the corpus and of `mix_corpus`; `out`:
+    the model's folder; `csv`: its curve; `work`: for what is unfinished."""
 
     parent: Path
     chunks: Path
+    mixed: Path
     data: Path
     work: Path
     out: Path
@@ -133,6 +135,7 @@ def run(
             "parent": engine.content(folder),
             "chunks": engine.content(paths.chunks),
             "data": engine.content(paths.data) if paths.data.is_dir() else None,
+            "mixed": engine.content(paths.mixed) if entry.mix_raw else None,
             "settings": [shared, sequences.layout, entry.format, entry.mix_raw],
             "budget": asdict(entry.budget),
             "rest": [section(params, k) for k in ("seed", "context_chunks", "max_latent_tokens")],
@@ -142,7 +145,7 @@ def run(
     unfinished = paths.work / "train" / str(parallel.told(key))
     with engine.alone(unfinished, f"train {name}", mine=here.is_main_process):
         if here.is_main_process:
-            _pack(params, entry, paths, unfinished, coder, config.batch_rows)
+            _pack(params, entry, sequences, paths, unfinished, coder, config.batch_rows)
         here.wait_for_everyone()
         rows = packing.open_rows(unfinished, sequences.length, section(params, "seed"))
         checkpoint.prepare_cpu()
@@ -182,12 +185,12 @@ def settings(params: Mapping[str, Any], name: str) -> tuple[ModelEntry, TrainCon
 def _pack(
     params: Mapping[str, Any],
     entry: ModelEntry,
+    sequences: SequenceConfig,
     paths: Paths,
     folder: Path,
     coder: TextCoder,
     batch_rows: int,
-) -> Rows:
-    sequences = build(SequenceConfig, section(params, "sequences"), "sequences")
+) -> None:
     seed, budget = section(params, "seed"), entry.budget
 
     def writer(form: Format) -> Writer:
@@ -210,7 +213,7 @@ def _pack(
         main = store.write(where / "documents", texts)
         found = [Source(main, writer(entry.format), 1 - entry.mix_raw)]
         if entry.mix_raw:
-            raw_documents = store.write(where / "raw", store.texts(paths.chunks, None))
+            raw_documents = store.write(where / "raw", store.texts(paths.mixed, None))
             found.append(Source(raw_documents, writer("raw"), entry.mix_raw, ("raw",)))
         return found
 
@@ -221,7 +224,7 @@ def _pack(
             return budget.amount * batch_rows * sequences.length + 1
         return budget.amount
 
-    return packing.pack(
+    packing.pack(
         sources,
         folder,
         length=sequences.length,
