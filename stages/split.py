@@ -1,5 +1,7 @@
 """Cuts the sources into corpora of documents, chunks of token ids, and held-out questions.
 
+What the training corpora share with evaluation sets is in the metrics.
+
     python stages/split.py --params params.yaml --base models/base --split data/split \
         --chunks data/chunks --metrics metrics/split.json
 """

@@ -53,7 +53,7 @@ def write(root: Path, *, bound: float = -1.25) -> None:
     """The metrics of the two iterations; `plain` is not measured yet."""
     files = {
         "eval/zero.json": json.dumps({"elbo_per_token": -2.0, "ess_p10": None}),
-        "eval/one.json": json.dumps({"elbo_per_token": bound, "questions/none/accuracy": 0.5}),
+        "eval/one.json": json.dumps({"elbo_per_token": bound, "questions/standard/raw/accuracy": 0.5}),
         "latents/drawn.json": json.dumps({"ess_mean": 2.5}),
         "train/one.csv": "step,tokens,loss\n10,100,3.5\n20,200,2.5\n",
         "train/plain.csv": "step,tokens,loss\n",
@@ -114,7 +114,7 @@ def test_an_experiment_becomes_a_run_with_a_child_for_each_part(
     assert found.info.run_name == os.environ["DVC_EXP_NAME"]
     assert found.info.status == "FINISHED"
     assert history(place, run, "elbo_per_token") == [(0, -2.0), (1, -1.25)]
-    assert found.data.metrics["one/questions/none/accuracy"] == 0.5
+    assert found.data.metrics["one/questions/standard/raw/accuracy"] == 0.5
     assert not any("ess_p10" in name for name in found.data.metrics)
     assert found.data.params["models.plain.sizes"] == "[1, 2]"
     assert found.data.params["note"] == ""

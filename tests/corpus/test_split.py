@@ -32,7 +32,9 @@ def params_of(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str
         },
         "corpora": {name: {"documents": n, "source": {}} for name, n in corpora.items()},
         "questions": {"count": 0, "source": {}},
-        "split": {"shard_documents": 3},
+        "split": {"shard_documents": 3, "overlap_words": 13, "drop_contaminated": False},
+        "evaluate": {"corpus": "heldout", "beside": []},
+        "benchmarks": {},
     }
 
 

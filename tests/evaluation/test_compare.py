@@ -73,7 +73,7 @@ def test_differences_are_paired(tmp_path: Path) -> None:
         value, error, pairs = found[f"elbo_per_token_k{size}"]
         assert pairs == 2 * DOCUMENTS
         assert abs(value - 0.05) < 4 * error < 0.01
-    value, error, pairs = found["questions/latent/accuracy"]
+    value, error, pairs = found["questions/standard/latent/accuracy"]
     assert (value, pairs) == (pytest.approx(0.2), 100)
     assert error == pytest.approx(math.sqrt(0.2 * 0.8 / 99))
     back = compare.differences(other, one, heldout)

@@ -48,14 +48,14 @@ def measures(place: int, *, raw: bool) -> dict[str, float | None]:
     found: dict[str, float | None] = {
         "nll_per_token": 1.5 - place / 64,
         "nll_per_token_se": 0.01,
-        "questions/none/accuracy": 0.1 + place / 64,
-        "questions/none/accuracy_se": 0.01,
+        "questions/standard/raw/accuracy": 0.1 + place / 64,
+        "questions/standard/raw/accuracy_se": 0.01,
     }
     if not raw:
         names = "elbo_per_token_k1 elbo_per_token_k4 elbo_per_token utility simplicity diversity"
         for offset, name in enumerate(names.split()):
             found |= {name: -2 - offset + place / 8, f"{name}_se": 0.02}
-        found |= {"questions/latent/accuracy": 0.3 + place / 32, "exact_fraction": place / 16}
+        found |= {"questions/standard/latent/accuracy": 0.3 + place / 32, "exact_fraction": place / 16}
         found |= {"exact_fraction_kept": place / 12, "latent_tokens_mean": 20.0 + place}
         found |= {"ess_mean": 2 + place / 8, "unfinished_fraction": 0.0, "ess_p10": None}
     return found

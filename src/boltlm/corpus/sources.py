@@ -123,7 +123,7 @@ def documents(config: Source, seed: int) -> Iterator[Document]:
         found = _files(config)
     else:
         found = _mapped(
-            _hub_rows(config.name, config.config, config.split), config.columns, config.name
+            hub_rows(config.name, config.config, config.split), config.columns, config.name
         )
     return _shuffled(found, config.shuffle_buffer, seed)
 
@@ -163,11 +163,11 @@ def _files(config: Files) -> Iterator[Document]:
         shared = os.path.commonpath(paths)
         names = [os.path.relpath(path, shared) for path in paths]
     for path, origin in zip(paths, names, strict=True):
-        rows = _parquet_rows(path) if path.endswith(".parquet") else _json_rows(path)
+        rows = parquet_rows(path) if path.endswith(".parquet") else json_rows(path)
         yield from _mapped(rows, config.columns, origin)
 
 
-def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+def json_rows(path: str) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -185,7 +185,7 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read as UTF-8 JSONL: {error}") from error
 
 
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: str) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
@@ -194,7 +194,7 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
@@ -251,10 +251,10 @@ def _thoughts(row: Mapping[str, Any], text: str, names: Pieces, where: str) -> t
 
 def _gsm8k_rows(config: GSM8K) -> Iterator[tuple[int, dict[str, Any]]]:
     if config.path is None:
-        return enumerate(_hub_rows(GSM8K_HUB, "main", config.split))
+        return enumerate(hub_rows(GSM8K_HUB, "main", config.split))
     if not Path(config.path).is_file():
         raise UserError(f"corpus path '{config.path}': no such file; give GSM8K's JSONL, or null")
-    return enumerate(_json_rows(config.path))
+    return enumerate(json_rows(config.path))
 
 
 def gsm8k_parts(row: Mapping[str, Any]) -> tuple[str, str, str]:

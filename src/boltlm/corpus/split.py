@@ -1,4 +1,7 @@
-"""Sources become named corpora: documents and their chunks in shards, and held-out questions."""
+"""Sources become named corpora: documents and their chunks in shards, and held-out questions.
+
+Documents that repeat an evaluation set are counted, and left out where params ask for it.
+"""
 
 import hashlib
 import itertools
@@ -8,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from boltlm.corpus import sources
+from boltlm.corpus import benchmarks, sources
 from boltlm.corpus.chunks import Chunker, LossyTextError
+from boltlm.corpus.contamination import Contamination
 from boltlm.errors import UserError
 from boltlm.params import build, section
 from boltlm.progress import Progress
@@ -35,13 +39,19 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Params section `split`."""
+    """Params section `split`.
+
+    `overlap_words`: so many words in a row make a document repeat an evaluation set.
+    """
 
     shard_documents: int
+    overlap_words: int
+    drop_contaminated: bool
 
     def __post_init__(self) -> None:
-        if self.shard_documents < 1:
-            raise UserError(f"shard_documents must be 1 or more, found {self.shard_documents}")
+        for name in ("shard_documents", "overlap_words"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be 1 or more, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,17 +128,40 @@ def questions(params: Mapping[str, Any]) -> list[Question]:
     return list(itertools.islice(found, config.count))
 
 
+def heldout(params: Mapping[str, Any]) -> list[str]:
+    """The corpora that models are measured on, those that params have."""
+    wanted = [section(params, "evaluate.corpus"), *section(params, "evaluate.beside")]
+    return [name for name in dict.fromkeys(wanted) if name in section(params, "corpora")]
+
+
+def evaluation_sets(
+    params: Mapping[str, Any], asked: Sequence[Question]
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Name and texts of each held-out corpus as its source has it, the questions and each
+    benchmark; the texts of one are to be read before the next is asked for."""
+    for name, found in corpora(params, heldout(params)):
+        yield name, (document.text for document in found)
+    yield "questions", (f"{question.prompt} {question.answer}" for question in asked)
+    for kind, where in benchmarks.chosen(params).items():
+        found = benchmarks.items(kind, where)
+        yield kind, (" ".join((one.question, *one.choices, one.solution)) for one in found)
+
+
 def split(
     params: Mapping[str, Any], chunker: Chunker, split_to: Path, chunks_to: Path
 ) -> dict[str, int | float]:
     """Write every corpus's documents and chunks, and the questions; return the counts. The
     corpus `base` is left out: nothing but the stage `base` reads it, before there are chunks.
 
-    A document that is empty, or that the tokenizer cannot give back, is left out and counted.
+    A document that is empty, or that the tokenizer cannot give back, is left out and counted; so
+    is one that repeats an evaluation set, where `split.drop_contaminated` asks for it.
     """
     config = build(Split, section(params, "split"), "split")
     counts: Counter[str] = Counter()
     names = [name for name in section(params, "corpora") if name != BASE]
+    asked, measured = questions(params), heldout(params)
+    training = [name for name in names if name not in measured]
+    overlap = Contamination(evaluation_sets(params, asked), training, config.overlap_words)
     for name, found in corpora(params, names):
         total = section(params, f"corpora.{name}.documents")
         with Progress(what=f"split {name}", total=total, unit="documents") as progress:
@@ -136,17 +169,26 @@ def split(
             batches = _batches(found, config.shard_documents)
             for index, batch in enumerate(batches):
                 _no_twins(batch, seen, name)
-                kept, chunks = _shard(batch, chunker, counts, name)
+                made = _chunked(batch, chunker, counts, name)
+                if name in training:
+                    repeats = overlap.repeats(name, [document.text for document, _ in made])
+                    if config.drop_contaminated:
+                        counts[f"{name}/left_out_contaminated"] += int(repeats.sum())
+                        made = [one for one, dirty in zip(made, repeats, strict=True) if not dirty]
+                kept = [document for document, _ in made]
+                chunks = [chunk for _, own in made for chunk in own]
+                counts[f"{name}/documents"] += len(kept)
+                counts[f"{name}/chunks"] += len(chunks)
+                counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
                 write_shard(split_to / name / shard_name(index), Document, kept)
                 write_shard(chunks_to / name / shard_name(index), Chunk, chunks)
                 progress.advance(len(batch))
         if counts[f"{name}/documents"] == 0:
             raise UserError(f"corpora.{name}: every document was left out; see its texts")
-    asked = questions(params)
     write_shard(split_to / "questions" / shard_name(0), Question, asked)
     counts["questions"] = len(asked)
     counts["cut_chunks"] = chunker.cut_chunks
-    return dict(counts)
+    return {**counts, **overlap.counts()}
 
 
 def _batches(found: Iterator[Document], size: int) -> Iterator[list[Document]]:
@@ -167,23 +209,17 @@ def _no_twins(batch: list[Document], seen: set[bytes], name: str) -> None:
         seen.add(digest)
 
 
-def _shard(
+def _chunked(
     batch: list[Document], chunker: Chunker, counts: Counter[str], name: str
-) -> tuple[list[Document], list[Chunk]]:
-    kept: list[Document] = []
-    made: list[Chunk] = []
+) -> list[tuple[Document, list[Chunk]]]:
+    """The documents that can be kept, each with its chunks; why the others cannot is counted."""
+    made: list[tuple[Document, list[Chunk]]] = []
     for document in batch:
         if not document.text:
             counts[f"{name}/left_out_empty"] += 1
             continue
         try:
-            chunks = chunker.chunks(document)
+            made.append((document, chunker.chunks(document)))
         except LossyTextError:
             counts[f"{name}/left_out_not_reversible"] += 1
-            continue
-        kept.append(document)
-        made += chunks
-        counts[f"{name}/documents"] += 1
-        counts[f"{name}/chunks"] += len(chunks)
-        counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
-    return kept, made
+    return made

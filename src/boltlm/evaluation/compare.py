@@ -9,19 +9,21 @@ the errors are smaller than those of the two models' numbers by themselves.
 
 import argparse
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from boltlm.errors import UserError, stage
-from boltlm.evaluation.answers import Answer
+from boltlm.evaluation.downstream import Answer
 from boltlm.evaluation.likelihood import DocumentScore, chunk_bounds, ratio
 from boltlm.evaluation.measure import ANSWERS, LATENT, RAW
 from boltlm.records import Chunk, R, Sample, read
 
 Difference = tuple[float, float, int]  # value, standard error, pairs
 Key = tuple[str, int]
+Asked = tuple[str, str, int]  # measure, question, sample
 K = TypeVar("K")
 
 
@@ -29,20 +31,25 @@ def differences(one: Path, other: Path, chunks: Path) -> dict[str, Difference]:
     """What `one` has more than `other`, by the metric's name in metrics/eval: nats per token, over
     documents that both have; the bound for every K up to the draws that both have, over chunks
     where both have one; share of correct answers. Raises UserError where nothing is in common."""
-    found = {"nll_per_token": _raw(one, other)}
-    if all((folder / LATENT).is_dir() for folder in (one, other)):
+    corpus = chunks.name
+    found = {"nll_per_token": _raw(one, other, corpus)}
+    if all((folder / LATENT / corpus).is_dir() for folder in (one, other)):
         found |= _bounds(one, other, chunks)
     return found | _answers(one, other)
 
 
 def _table(folder: Path, name: str, kind: type[R]) -> list[R]:
     if not (folder / name).is_dir():
-        raise UserError(f"{folder}: no table '{name}' in it; run dvc repro evaluate@{folder.name}")
+        raise UserError(
+            f"{folder}: no table '{name}' in it; run dvc repro evaluate@{folder.name}, with the"
+            " corpus in evaluate.corpus or evaluate.beside"
+        )
     return list(read(folder / name, kind))
 
 
-def _raw(one: Path, other: Path) -> Difference:
-    tables = [{row.doc_id: row for row in _table(f, RAW, DocumentScore)} for f in (one, other)]
+def _raw(one: Path, other: Path, corpus: str) -> Difference:
+    name = f"{RAW}/{corpus}"
+    tables = [{row.doc_id: row for row in _table(f, name, DocumentScore)} for f in (one, other)]
     common = _common(*tables, what="documents")
     for name in common:
         if tables[0][name].tokens != tables[1][name].tokens:
@@ -57,7 +64,7 @@ def _raw(one: Path, other: Path) -> Difference:
 
 def _bounds(one: Path, other: Path, chunks: Path) -> dict[str, Difference]:
     lengths = {(chunk.doc_id, chunk.chunk): len(chunk.tokens) for chunk in read(chunks, Chunk)}
-    tables = [_weights(folder) for folder in (one, other)]
+    tables = [_weights(folder, chunks.name) for folder in (one, other)]
     common = _common(*tables, lengths, what="chunks")
     draws = min(len(table[key]) for table in tables for key in common)
     documents, place = np.unique([doc_id for doc_id, _ in common], return_inverse=True)
@@ -74,35 +81,48 @@ def _bounds(one: Path, other: Path, chunks: Path) -> dict[str, Difference]:
     return found
 
 
-def _weights(folder: Path) -> dict[Key, list[float]]:
+def _weights(folder: Path, corpus: str) -> dict[Key, list[float]]:
     found: dict[Key, list[float]] = {}
-    for sample in _table(folder, LATENT, Sample):
+    for sample in _table(folder, f"{LATENT}/{corpus}", Sample):
         found.setdefault((sample.doc_id, sample.chunk), []).append(sample.log_weight)
     return found
 
 
-def _verdicts(folder: Path) -> dict[tuple[str, str], Answer]:
+def _verdicts(folder: Path) -> dict[Asked, Answer]:
     if not (folder / ANSWERS).is_dir():  # no questions were asked
         return {}
-    return {(row.space, row.question_id): row for row in read(folder / ANSWERS, Answer)}
+    answers = read(folder / ANSWERS, Answer)
+    return {(row.measure, row.question_id, row.sample): row for row in answers}
 
 
 def _answers(one: Path, other: Path) -> dict[str, Difference]:
     ours, theirs = _verdicts(one), _verdicts(other)
     found: dict[str, Difference] = {}
-    for space in dict.fromkeys(space for space, _ in ours):
-        keys = [key for key in ours if key[0] == space and key in theirs]
-        gains = np.array([float(ours[key].correct) - theirs[key].correct for key in keys])
-        if len(gains) > 1:
-            error = float(gains.std(ddof=1) / np.sqrt(len(gains)))
-            found[f"questions/{space}/accuracy"] = float(gains.mean()), error, len(gains)
+    for measure in dict.fromkeys(measure for measure, _, _ in ours):
+        gains: dict[str, list[float]] = {}
+        for key in ours:
+            if key[0] == measure and key in theirs:
+                gain = float(ours[key].correct) - theirs[key].correct
+                gains.setdefault(key[1], []).append(gain)
+        means = np.array([np.mean(of_question) for of_question in gains.values()])
+        if len(means) > 1:
+            error = float(means.std(ddof=1) / np.sqrt(len(means)))
+            found[f"{measure}/accuracy"] = float(means.mean()), error, len(means)
     return found
 
 
 def disagreements(one: Path, other: Path) -> list[tuple[Answer, Answer]]:
-    """Questions that just one of the two answers rightly, each with both answers."""
-    ours, theirs = _verdicts(one), _verdicts(other)
-    pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    """Answers to the same question of which just one is right, by the same grader; of a folder
+    with itself, one answer with the verdicts of two graders."""
+    if one == other:
+        found: dict[tuple[str, ...], list[Answer]] = {}
+        for row in _verdicts(one).values():
+            place = (row.task, row.prompts, row.space, row.question_id, str(row.sample))
+            found.setdefault(place, []).append(row)
+        pairs = [pair for rows in found.values() for pair in combinations(rows, 2)]
+    else:
+        ours, theirs = _verdicts(one), _verdicts(other)
+        pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
     return [(a, b) for a, b in pairs if a.correct != b.correct]
 
 
@@ -114,28 +134,34 @@ def _common(*tables: Mapping[K, object], what: str) -> list[K]:
 
 
 def _tell(model: str, answer: Answer) -> str:
-    thought = "" if answer.thought is None else f" [{answer.thought}]"
     verdict = "right" if answer.correct else "wrong"
-    return f"  {model}, {verdict}: {answer.extracted}{thought} {answer.completion.strip()}"
+    said = answer.completion.strip().replace("\n", "\n    ")
+    return f"  {model}, {answer.grader}, {verdict}: {answer.extracted}\n    {said}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("one", type=Path, help="data/evaluate/<model>")
-    parser.add_argument("other", type=Path)
-    parser.add_argument("--chunks", type=Path, required=True, help="of the held-out corpus")
+    parser.add_argument("other", type=Path, help="the same again: to compare graders")
+    parser.add_argument("--chunks", type=Path, help="data/chunks/<a held-out corpus>")
     parser.add_argument("--disagreements", type=int, default=0, help="how many to print")
     args = parser.parse_args()
-    print(f"{args.one.name} − {args.other.name}")
-    for name, (value, error, pairs) in differences(args.one, args.other, args.chunks).items():
-        print(f"{name:<28} {value:+.4f} ± {error:.4f}  ({pairs} pairs)")
-    if args.disagreements:
-        found = disagreements(args.one, args.other)
-        print(f"{len(found)} questions with one right answer")
+    one, other = args.one, args.other
+    if one != other:
+        if args.chunks is None:
+            raise UserError("--chunks is missing: data/chunks/<a held-out corpus>")
+        print(f"{one.name} − {other.name}")
+        for name, (value, error, pairs) in differences(one, other, args.chunks).items():
+            print(f"{name:<34} {value:+.4f} ± {error:.4f}  ({pairs} pairs)")
+    if args.disagreements or one == other:
+        found = disagreements(one, other)
+        print(f"{len(found)} answers with one verdict of two that is right")
         for ours, theirs in found[: args.disagreements]:
-            print(f"{ours.question_id} ({ours.space}), answer {ours.answer}")
-            print(_tell(args.one.name, ours))
-            print(_tell(args.other.name, theirs))
+            print(f"{ours.question_id} ({ours.measure}), answer {ours.gold}")
+            print(_tell(one.name, ours))
+            print(_tell(other.name, theirs))
 
 
 if __name__ == "__main__":

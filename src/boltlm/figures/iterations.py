@@ -11,7 +11,7 @@ from boltlm.figures.drawing import BLUE, Drawn, LeftOut, label_right, looks, pan
 from boltlm.figures.results import Number, Results
 
 Rows = list[dict[str, Any]]
-LATENT, NONE = "questions/latent/accuracy", "questions/none/accuracy"
+LATENT, NONE = "questions/standard/latent/accuracy", "questions/standard/raw/accuracy"
 ORANGE = "#d55e00"
 
 

@@ -25,8 +25,8 @@ METRICS: tuple[str, ...] = (
     "elbo_per_token",
     "nll_per_token",
     "exact_fraction",
-    "questions/latent/accuracy",
-    "questions/none/accuracy",
+    "questions/standard/latent/accuracy",
+    "questions/standard/raw/accuracy",
 )
 
 

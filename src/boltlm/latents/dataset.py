@@ -28,6 +28,11 @@ def chunk_latents(document: Document, chunks: list[Chunk]) -> list[str | None]:
     return [*([None] * (len(chunks) - 1)), document.latent or None]
 
 
+def document_thought(document: Document) -> str | None:
+    """The thought behind a document's conclusion, its last sentence; None where it carries none."""
+    return document.thoughts[-1] if document.thoughts else document.latent
+
+
 def _from_sentences(document: Document, chunks: list[Chunk]) -> list[str | None]:
     assert document.thoughts is not None
     pieces = sentences(document.text)

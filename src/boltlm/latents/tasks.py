@@ -1,4 +1,5 @@
-"""What a teacher is asked about a corpus: latents for chunks, or paraphrases of documents.
+"""What a teacher is asked about a corpus: latents for chunks, or paraphrases of documents, or the
+thoughts between the question and the answer that a document holds.
 
 The prompts are the text files in `prompts/`; the version that stands in each is part of every
 request's key.
@@ -19,7 +20,8 @@ from boltlm.seeds import uniform
 PROMPTS = Path(__file__).parent / "prompts"
 STYLES = ("simple", "scholarly", "encyclopedia", "questions")
 
-Task = Literal["latent", "wrap_orig", "wrap_cot"]
+Task = Literal["latent", "wrap_orig", "wrap_cot", "solve"]
+ONE_PROMPT = {"wrap_cot": "cot", "solve": "solve"}  # its style, of tasks with a single prompt
 Message = Mapping[str, str]
 
 
@@ -103,7 +105,7 @@ class Asker:
         prompts = (
             {style: Prompt.read(f"wrap_orig.{style}") for style in STYLES}
             if self.task == "wrap_orig"
-            else {"cot": Prompt.read("wrap_cot")}
+            else {ONE_PROMPT[self.task]: Prompt.read(self.task)}
         )
         styles = tuple(prompts)
         for document in documents:

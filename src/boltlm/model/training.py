@@ -22,6 +22,7 @@ from boltlm.model.schedules import Schedule, learning_rate
 from boltlm.model.settings import TrainConfig, optimizers
 from boltlm.progress import Progress
 from boltlm.seeds import generator
+from boltlm.sequences.examples import Examples
 from boltlm.sequences.packing import IGNORED, Rows
 
 EXPLODED = 2.0  # times the loss of a uniform guess, and of the first step
@@ -50,7 +51,7 @@ class Trained:
 
 def train(
     model: PreTrainedModel,
-    rows: Rows,
+    rows: Rows | Examples,
     config: TrainConfig,
     *,
     seed: int,

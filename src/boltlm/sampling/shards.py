@@ -97,37 +97,17 @@ def run(
     histogram_path: Path,
 ) -> dict[str, int | float]:
     """Draw, weigh and select latents for every chunk; return the diagnostics, and write the
-    histogram of log w as CSV.
-
-    Finished shards are kept in `work` under a key made of the model's and the chunks' content,
-    the settings and the code: a killed run goes on where it was, another K takes over the draws
-    that are there.
-    """
+    histogram of log w as CSV."""
     build(LatentsEntry, section(params, f"latents.{name}"), f"latents.{name}")
-    config = build(SamplingConfig, section(params, "sampling"), "sampling")
-    facts = {
-        "purpose": name,
-        "model": engine.content(checkpoint.final(model)),
-        "chunks": engine.content(chunks),
-        "sampling": config.drawing,
-        "code": engine.code(CODE),
-        **{key: section(params, key) for key in SETTINGS},
-    }
-    task = Task(
-        params=params,
-        name=name,
-        model=model.resolve(),
-        chunks=chunks.resolve(),
-        folder=(work / "latents" / engine.key(facts)).resolve(),
-        draws=section(params, "k_samples"),
-    )
-    efforts = engine.run_shards(
-        [path.name for path in shards(chunks)],
-        lambda left: engines.run(task, left, config),
-        work=task.place("", task.draws),
+    efforts = draw(
+        params,
+        name,
+        model=model,
+        chunks=chunks,
+        work=work,
         out=out,
+        draws=section(params, "k_samples"),
         what=f"latents {name}",
-        workers=config.workers,
     )
     summary = Summary()
     for path in shards(chunks):
@@ -138,6 +118,50 @@ def run(
     histogram_path.parent.mkdir(parents=True, exist_ok=True)
     histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return summary.diagnostics() | summary.exact_fractions() | _rates(efforts)
+
+
+def draw(
+    params: Mapping[str, Any],
+    purpose: str,
+    *,
+    model: Path,
+    chunks: Path,
+    work: Path,
+    out: Path,
+    draws: int,
+    what: str,
+) -> list[Effort]:
+    """Fill `out` with the samples of every chunk; `purpose` keys their random numbers.
+
+    Finished shards are kept in `work` under a key made of the model's and the chunks' content,
+    the settings and the code: a killed run goes on where it was, another K takes over the draws
+    that are there.
+    """
+    config = build(SamplingConfig, section(params, "sampling"), "sampling")
+    facts = {
+        "purpose": purpose,
+        "model": engine.content(checkpoint.final(model)),
+        "chunks": engine.content(chunks),
+        "sampling": config.drawing,
+        "code": engine.code(CODE),
+        **{key: section(params, key) for key in SETTINGS},
+    }
+    task = Task(
+        params=params,
+        name=purpose,
+        model=model.resolve(),
+        chunks=chunks.resolve(),
+        folder=(work / "latents" / engine.key(facts)).resolve(),
+        draws=draws,
+    )
+    return engine.run_shards(
+        [path.name for path in shards(chunks)],
+        lambda left: engines.run(task, left, config),
+        work=task.place("", task.draws),
+        out=out,
+        what=what,
+        workers=config.workers,
+    )
 
 
 def _rates(efforts: Sequence[Effort]) -> dict[str, float]:

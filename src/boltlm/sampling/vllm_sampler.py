@@ -6,7 +6,8 @@ random numbers.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,47 @@ SEQUENCES = 1024  # drawn at once, as far as the cache holds them
 CPU_BLOCK = 32  # tokens; whole blocks of a prompt are shared, the least that a CPU's kernels take
 
 
+def prepare() -> None:
+    """What vLLM reads from the environment, before it is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def engine_settings(window: int) -> dict[str, Any]:
+    """Of an engine for many short requests that share prefixes, on this machine."""
+    gpu = torch.cuda.is_available()
+    return {
+        "max_model_len": window,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": False,  # 190 against 164 chunks/s on two cores
+        "max_num_batched_tokens": max(window, BATCHED_TOKENS),
+        "max_num_seqs": SEQUENCES,
+        "block_size": None if gpu else CPU_BLOCK,
+        "enforce_eager": not gpu,
+        "disable_log_stats": True,
+    }
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[None]:
+    """Keep the number of threads, which vLLM sets for itself. Raises UserError where vLLM does not
+    take the model in `folder`."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder}: vLLM does not take this model ({reason}); use transformers (sampler) or hf"
+            " (evaluate.backend)"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
 class VllmSampler:
     """Log-probabilities are vLLM's raw ones, the model's own at temperature 1. Every draw is a
     request of its own; those of one prompt share its cached prefix. On a CPU these are the draws of
@@ -41,42 +83,24 @@ class VllmSampler:
         memory_fraction: float,
         seed: int,
     ) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        prepare()
         try:
             from vllm import LLM
         except ImportError as error:
             raise UserError(f"sampling.sampler 'vllm' needs vllm: {error}") from error
         self.max_latent_tokens, self.seed = max_latent_tokens, seed
         self.seeds = torch.cuda.is_available()
-        if not self.seeds:
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         self.ends = Ends.of_latents(markers)
-        threads = torch.get_num_threads()
-        try:
+        with starting(folder):
             self.model: Any = LLM(
                 str(folder),
                 skip_tokenizer_init=True,
                 dtype=precision,
-                max_model_len=window,
                 gpu_memory_utilization=memory_fraction,
-                enable_prefix_caching=True,
-                enable_chunked_prefill=False,  # 190 against 164 chunks/s on two cores
-                max_num_batched_tokens=max(window, BATCHED_TOKENS),
-                max_num_seqs=SEQUENCES,
-                block_size=None if self.seeds else CPU_BLOCK,
-                enforce_eager=not self.seeds,
                 logits_processors=None if self.seeds else ["boltlm.sampling.vllm_noise:Noise"],
-                disable_log_stats=True,
                 seed=seed,
+                **engine_settings(window),
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{folder}: vLLM does not take this model ({reason}); use sampler 'transformers'"
-            ) from error
-        torch.set_num_threads(threads)  # vLLM binds them for itself
 
     def sample(
         self, prompts: Sequence[Ids], keys: Sequence[Key], draws: int, first: int = 0

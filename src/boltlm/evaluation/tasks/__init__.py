@@ -1,0 +1,1 @@
+"""lm-eval's tasks of this project; `lm_eval --include_path` takes this folder too."""
