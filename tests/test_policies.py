@@ -108,6 +108,8 @@ FREE = (
     ".latents.",
     ".models.",
     ".train.evaluate",
+    ".benchmarks",
+    ".finetune.runs",
 )  # sections whose keys depend on a kind, are names, or may be null
 
 
@@ -126,8 +128,12 @@ def test_presets_have_the_keys_of_params(preset: Path) -> None:
 @pytest.mark.parametrize("path", [ROOT / "params.yaml", *PRESETS], ids=lambda path: path.stem)
 def test_params_resolve(path: Path) -> None:
     """Every entry is built by the dataclass that reads it and points at entries that exist."""
+    from boltlm.corpus.benchmarks import chosen
     from boltlm.corpus.sources import source
     from boltlm.corpus.split import Corpus
+    from boltlm.evaluation.downstream import Spec
+    from boltlm.evaluation.finetune import FinetuneConfig
+    from boltlm.evaluation.measure import EvaluateConfig
     from boltlm.latents.teachers import teacher
     from boltlm.model.runs import settings
     from boltlm.params import build
@@ -146,9 +152,23 @@ def test_params_resolve(path: Path) -> None:
     for name in params["models"]:
         entry, _ = settings(params, name)
         assert entry.parent in {"base", *params["models"]}
-        kind, _, of = entry.data.partition("/")
-        section_of = {"teacher": "teachers", "latents": "latents", "split": "corpora"}[kind]
-        assert of in params[section_of]
+        assert {entry.corpus, entry.mix_corpus} <= params["corpora"].keys()
+        assert is_made(params, entry.data)
+    chosen(params)
+    evaluate = build(EvaluateConfig, params["evaluate"], "evaluate")
+    assert {evaluate.corpus, *evaluate.beside} <= params["corpora"].keys()
+    for task in evaluate.tasks:
+        assert Spec.of(task).task in {"questions", *params["benchmarks"]}
+    for entry in build(FinetuneConfig, params["finetune"], "finetune").runs.values():
+        assert entry.model in {"base", *params["models"]}
+        assert entry.corpus in params["corpora"]
+        assert is_made(params, entry.data)
+
+
+def is_made(params: dict[str, Any], data: str) -> bool:
+    """Whether a stage makes this folder under data/."""
+    kind, _, of = data.partition("/")
+    return of in params[{"teacher": "teachers", "latents": "latents", "split": "corpora"}[kind]]
 
 
 def test_readme_commands_exist() -> None:

@@ -26,6 +26,7 @@ PARAMS: dict[str, Any] = {
     "k_samples": 4,
     "note": "",
     "latents": {"drawn": {"model": "zero", "corpus": "em"}},
+    "finetune": {"runs": {}},
     "models": {
         "zero": {"parent": "start", "data": "teacher/some", "format": "latent"},
         "one": {"parent": "start", "data": "latents/drawn", "format": "latent"},
@@ -53,7 +54,9 @@ def write(root: Path, *, bound: float = -1.25) -> None:
     """The metrics of the two iterations; `plain` is not measured yet."""
     files = {
         "eval/zero.json": json.dumps({"elbo_per_token": -2.0, "ess_p10": None}),
-        "eval/one.json": json.dumps({"elbo_per_token": bound, "questions/standard/raw/accuracy": 0.5}),
+        "eval/one.json": json.dumps(
+            {"elbo_per_token": bound, "questions/standard/raw/accuracy": 0.5}
+        ),
         "latents/drawn.json": json.dumps({"ess_mean": 2.5}),
         "train/one.csv": "step,tokens,loss\n10,100,3.5\n20,200,2.5\n",
         "train/plain.csv": "step,tokens,loss\n",

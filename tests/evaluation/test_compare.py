@@ -8,7 +8,7 @@ import pytest
 
 from boltlm.errors import UserError
 from boltlm.evaluation import compare
-from boltlm.evaluation.answers import Answer
+from boltlm.evaluation.downstream import Answer
 from boltlm.evaluation.likelihood import DocumentScore
 from boltlm.records import Chunk, Sample, write_shard
 
@@ -46,14 +46,16 @@ def model(folder: Path, shift: float, seed: int, *, lost: int = -1, right: float
                         selected=k == 0,
                     )
                 )  # fmt: skip
-    write_shard(folder / "raw" / "00000.parquet", DocumentScore, scores)
-    write_shard(folder / "likelihood" / "00000.parquet", Sample, samples)
+    write_shard(folder / "raw" / "chunks" / "00000.parquet", DocumentScore, scores)
+    write_shard(folder / "likelihood" / "chunks" / "00000.parquet", Sample, samples)
     answers = [
         Answer(
-            question_id=f"q{q}", space="latent", thought="t", completion=" 7.", extracted="7",
-            answer="7", correct=bool(q % 10 < 10 * right),
+            task="questions", prompts="standard", space="latent", subject="", question_id=f"q{q}",
+            sample=sample, shots=0, lost_shots=0, prompt="p", completion="t 7.", thought="t",
+            gold="7", grader="number", extracted="7", correct=bool(q % 10 < 10 * right),
         )
         for q in range(100)
+        for sample in range(2)
     ]  # fmt: skip
     write_shard(folder / "answers" / "00000.parquet", Answer, answers)
     return folder
@@ -105,7 +107,7 @@ def test_disagreements_show_both_answers(
     one = model(tmp_path / "one", 0.0, 2, right=0.7)
     other = model(tmp_path / "other", 0.0, 3, right=0.5)
     found = compare.disagreements(one, other)
-    assert len(found) == 20
+    assert len(found) == 40
     assert all(ours.correct and not theirs.correct for ours, theirs in found)
     arguments = [str(one), str(other), "--chunks", str(chunks(tmp_path / "chunks"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -113,20 +115,46 @@ def test_disagreements_show_both_answers(
         compare.main()
     told = capsys.readouterr().out
     assert "one − other" in told
-    assert "20 questions with one right answer" in told
-    assert told.count("one, right: 7 [t] 7.") == told.count("other, wrong: 7 [t] 7.") == 2
+    assert "40 answers with one verdict of two that is right" in told
+    assert told.count("one, number, right: 7\n    t 7.") == 2
+    assert told.count("other, number, wrong: 7\n    t 7.") == 2
+
+
+def test_graders_are_compared_on_one_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with itself: answers on which two graders do not agree, and only those."""
+    graded = [
+        Answer(
+            task="gsm8k", prompts="standard", space="raw", subject="", question_id=f"q{q}",
+            sample=0,
+            shots=8, lost_shots=0, prompt="p", completion="so 7", thought=None, gold="#### 7",
+            grader=grader, extracted="7", correct=grader == "flexible" or q == 0,
+        )
+        for q in range(3)
+        for grader in ("flexible", "strict")
+    ]  # fmt: skip
+    write_shard(tmp_path / "answers" / "00000.parquet", Answer, graded)
+    found = compare.disagreements(tmp_path, tmp_path)
+    assert [one.question_id for one, _ in found] == ["q1", "q2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["compare", str(tmp_path), str(tmp_path), "--disagreements", "9"])
+        compare.main()
+    told = capsys.readouterr().out
+    assert "q1 (gsm8k/standard/raw)" in told
+    assert told.count("strict, wrong") == 2
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     """Not measured, other documents, another tokenizer: one line that says which."""
     one, heldout = model(tmp_path / "one", 0.0, 2), chunks(tmp_path / "chunks")
-    with pytest.raises(UserError, match=r"none: no table 'raw'.*evaluate@none"):
+    with pytest.raises(UserError, match=r"none: no table 'raw/chunks'.*evaluate@none"):
         compare.differences(one, tmp_path / "none", heldout)
     apart = [DocumentScore(doc_id="z", tokens=3, nll=1.0)]
-    write_shard(tmp_path / "two" / "raw" / "00000.parquet", DocumentScore, apart)
+    write_shard(tmp_path / "two" / "raw" / "chunks" / "00000.parquet", DocumentScore, apart)
     with pytest.raises(UserError, match="no documents that both"):
         compare.differences(one, tmp_path / "two", heldout)
     other = [DocumentScore(doc_id="d0", tokens=3, nll=1.0)]
-    write_shard(tmp_path / "two" / "raw" / "00000.parquet", DocumentScore, other)
+    write_shard(tmp_path / "two" / "raw" / "chunks" / "00000.parquet", DocumentScore, other)
     with pytest.raises(UserError, match="other tokenizers"):
         compare.differences(one, tmp_path / "two", heldout)

