@@ -272,19 +272,20 @@ def test_short_prompts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         answer("b", True, **whole | {"shots": 5, "lost_shots": 3}),
         answer("c", False, **whole | {"shots": -1, "lost_shots": 8, "completion": ""}),
         answer("d", False, **whole | {"completion": "no end"}),
+        answer("e", False, **whole | {"completion": "The answer is 1."}),
     ]
     found += [replace(one, grader="strict", correct=False) for one in found]
     measured = measures(found, "evaluate tiny")
-    assert measured[f"{name}/accuracy"] == 0.5
+    assert measured[f"{name}/accuracy"] == 2 / 5
     assert measured[f"{name}/strict/accuracy"] == 0
-    assert measured[f"{name}/questions"] == 4
-    assert measured[f"{name}/shots"] == (8 + 5 + 0 + 8) / 4
-    assert measured[f"{name}/lost_shots_fraction"] == 0.5
-    assert measured[f"{name}/unasked_fraction"] == 0.25
-    assert measured[f"{name}/unfinished_fraction"] == 0.5
+    assert measured[f"{name}/questions"] == 5
+    assert measured[f"{name}/shots"] == (8 + 5 + 0 + 8 + 8) / 5
+    assert measured[f"{name}/lost_shots_fraction"] == 2 / 5
+    assert measured[f"{name}/unasked_fraction"] == 1 / 5
+    assert measured[f"{name}/unfinished_fraction"] == 3 / 5
     told = capsys.readouterr()
     assert told.out == ""
-    assert f"evaluate tiny: 2 of 4 prompts of {name} lost shots" in told.err
+    assert f"evaluate tiny: 2 of 5 prompts of {name} lost shots" in told.err
     assert f"evaluate tiny: 1 questions of {name} are beyond the window" in told.err
     measures([answer("a", True), answer("b", False)], "evaluate tiny")
     assert capsys.readouterr().err == ""

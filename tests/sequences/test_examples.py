@@ -158,13 +158,14 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("micro_rows", [None, 2])
+@pytest.mark.parametrize(("micro_rows", "clip_norm"), [(None, 0.5), (2, 100.0)])
 def test_training_is_a_plain_loop(
-    micro_rows: int | None, losses: list[float], tmp_path: Path
+    micro_rows: int | None, clip_norm: float, losses: list[float], tmp_path: Path
 ) -> None:
     """A mean over rows in place of tokens, padding that is seen, a loss on prompts, or a last
-    short step that is weighed like a full one: only the numbers tell."""
-    config = tiny.train_config(batch_rows=BATCH, micro_rows=micro_rows)
+    short step that is weighed like a full one: only the numbers tell. A gradient that is always
+    clipped would hide how it was scaled."""
+    config = tiny.train_config(batch_rows=BATCH, micro_rows=micro_rows, clip_norm=clip_norm)
     model, trained = run(config, tmp_path)
     wanted, curve = plain(config)
     np.testing.assert_allclose(losses, curve, atol=1e-5)

@@ -118,10 +118,10 @@ def vllm(folder: Path, precision: Precision, batch_size: int, memory_fraction: f
         def _model_generate(
             self, requests: Any, generate: bool = False, sampling_params: Any = None
         ) -> Any:
-            allowed = range(self.coder.tokenizer.get_vocab_size())
+            every = range(self.coder.tokenizer.get_vocab_size())
+            allowed = [i for i in every if i not in self.forbidden] if self.forbidden else None
             for params in sampling_params or ():
-                if self.forbidden:
-                    params.allowed_token_ids = [i for i in allowed if i not in self.forbidden]
+                params.allowed_token_ids = allowed
                 if params.temperature > 0:
                     params.seed, self.seed = self.seed, self.seed + 1
             found = super()._model_generate(requests, generate, sampling_params)

@@ -204,7 +204,7 @@ def measures(answers: Sequence[Answer], what: str) -> dict[str, float]:
         found[f"{name}/unasked_fraction"] = unasked / len(asked)
         print(f"{what}: {unasked} questions of {name} are beyond the window", file=sys.stderr)
     if answers[0].space == "latent":
-        unfinished = sum(EOL not in answer.completion for answer in asked)
+        unfinished = sum(EOL not in a.completion for a in asked if a.shots >= 0)
         found[f"{name}/unfinished_fraction"] = unfinished / len(asked)
     return found
 

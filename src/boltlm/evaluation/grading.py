@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 
 from math_verify import parse, verify
 
@@ -92,6 +93,7 @@ def _gsm8k(found: list[str], gold: str) -> Verdict:
     return Verdict(read or None, same_number(read, gold.rpartition("####")[2].strip()))
 
 
+@lru_cache(maxsize=1 << 14)  # lm-eval asks, and then the table of answers: seconds, at worst
 def _math(answer: str, gold: str) -> Verdict:
     # Neither call raises: what fails or takes too long in them finds nothing or is not equal.
     # `parse` gives what it understood, which may be too large to be written out, and the LaTeX.

@@ -107,7 +107,7 @@ def _standard(task: str, subject: str) -> tuple[str, tuple[Shot, ...]]:
     config = _config(f"mmlu/flan_cot_fewshot/mmlu_{subject}.yaml")
     samples = config["fewshot_config"]["samples"]
     found = tuple(Shot(_mended(one["question"].strip()), _mended(one["target"])) for one in samples)
-    return f"{config['description']}\n\n", found
+    return config["description"], found
 
 
 def _mended(text: str) -> str:
