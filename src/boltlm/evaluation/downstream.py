@@ -204,8 +204,8 @@ def measures(answers: Sequence[Answer], what: str) -> dict[str, float]:
         found[f"{name}/unasked_fraction"] = unasked / len(asked)
         print(f"{what}: {unasked} questions of {name} are beyond the window", file=sys.stderr)
     if answers[0].space == "latent":
-        unfinished = sum(EOL not in a.completion for a in asked if a.shots >= 0)
-        found[f"{name}/unfinished_fraction"] = unfinished / len(asked)
+        ended = [EOL in answer.completion for answer in asked if answer.shots >= 0]
+        found[f"{name}/unfinished_fraction"] = 1 - sum(ended) / max(len(ended), 1)
     return found
 
 
