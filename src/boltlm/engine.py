@@ -71,11 +71,13 @@ def key(facts: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def content(folder: Path) -> str:
-    """A digest of a folder's files: the name under which work done with them is remembered."""
+def content(place: Path) -> str:
+    """A digest of a file, or of a folder's files: the name under which work done with them is
+    remembered."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
+    inside = sorted(path for path in place.rglob("*") if path.is_file())
+    for path in inside or [place]:
+        digest.update(str(path.relative_to(place)).encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

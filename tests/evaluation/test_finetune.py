@@ -19,13 +19,13 @@ from boltlm.errors import UserError
 from boltlm.evaluation import backends
 from boltlm.evaluation import finetune as stage
 from boltlm.evaluation.downstream import Answer
-from boltlm.evaluation.finetune import Places, Run, divided, examples, finetune, spread, thoughts
+from boltlm.evaluation.finetune import Places, finetune, spread
+from boltlm.evaluation.lessons import Run, divided, examples, thoughts
 from boltlm.evaluation.prompts import Space, encode
 from boltlm.evaluation.tasks import loading
 from boltlm.model.training import Trained, train
 from boltlm.params import load
 from boltlm.records import Document, Question, read, write_shard
-from boltlm.sequences.examples import Example
 from boltlm.tokens import EOL, PRIOR, SOL, TextCoder
 from tests import tiny
 
@@ -88,13 +88,10 @@ def test_pages_teach_their_last_sentence(
 
 
 ODD = ("He paid how much altogether", "Sum? (in feet)", "How far is city D.")
-SENTENCES = pytest.mark.xfail(strict=True, reason="the answer is cut off as the last sentence")
 
 
 @pytest.mark.parametrize("space", ["latent", "raw"])
-@pytest.mark.parametrize(
-    "question", ["Al has 2. He gets 3. Sum?", *(pytest.param(odd, marks=SENTENCES) for odd in ODD)]
-)
+@pytest.mark.parametrize("question", ["Al has 2. He gets 3. Sum?", *ODD])
 def test_gsm8k_teaches_its_answer(
     question: str, space: Space, base_coder: TextCoder, tmp_path: Path
 ) -> None:
@@ -115,16 +112,16 @@ def test_gsm8k_teaches_its_answer(
     assert asked(base_coder, "gsm8k", space, where) == [one.prompt]
 
 
-def test_the_division_hangs_on_seed_and_place_alone() -> None:
-    """So that other thoughts, or more of them, leave trained what was trained on."""
-    found = [Example([1], [place]) for place in range(3000)]
+def test_the_division_hangs_on_seed_and_name_alone() -> None:
+    """So that other thoughts, or more of them, leave trained what was trained on, and no question
+    is on both sides."""
+    found = [Document(doc_id=f"d{place}", text="x", source="s") for place in range(3000)]
     trained, heldout = divided(found, 0.2, 1)
     assert abs(len(heldout) - 600) < 4 * math.sqrt(3000 * 0.2 * 0.8)
-    out = {one.completion[0] for one in heldout}
-    assert trained == [one for one in found if one.completion[0] not in out]
-    others = [Example([7], [place]) for place in range(1000)]
-    places = {one.completion[0] for one in divided(others, 0.2, 1)[1]}
-    assert places == {place for place in out if place < 1000}
+    out = {one.doc_id for one in heldout}
+    assert trained == [one for one in found if one.doc_id not in out]
+    others = [Document(doc_id=f"d{place}", text="y", source="s") for place in range(999, 0, -1)]
+    assert {one.doc_id for one in divided(others, 0.2, 1)[1]} == out & {o.doc_id for o in others}
     assert divided(found, 0.2, 2)[1] != heldout
     assert divided(found, 0.0, 1) == (found, [])
 
@@ -214,12 +211,12 @@ def small(base_folder: Path, tmp_path: Path) -> Small:
     ("changes", "said"),
     [
         ({"runs": {}}, "no key finetune.runs.one"),
-        ({"runs": {"one": {**RUN, "task": "chess"}}}, "'chess/standard/latent' is not of the form"),
+        ({"runs": {"one": {**RUN, "task": "chess"}}}, "finetune.runs.one.task must be"),
         ({"runs": {"one": {**RUN, "task": "gsm8k"}}}, "no key 'benchmarks.gsm8k'"),
         ({"runs": {"one": {**RUN, "space": "both"}}}, "runs.one.space must be latent | raw"),
         ({"runs": {"one": {**RUN, "corpus": "none"}}}, "split/none: no *.parquet in it"),
         ({"seeds": 0}, "finetune: seeds must be above 0"),
-        ({"heldout_fraction": 0.999}, "there is no example to train on"),
+        ({"heldout_fraction": 0.999}, "not one document to train on has a thought"),
         ({"beams": 4}, "unknown key finetune.beams"),
     ],
 )
@@ -281,7 +278,6 @@ def test_nothing_is_done_twice(small: Small, monkeypatch: pytest.MonkeyPatch) ->
     assert (len(trained), metrics["seeds"], answers[:32]) == (1, 3, first[1])
 
 
-@pytest.mark.xfail(strict=True, reason="the key holds the questions' path, not their content")
 def test_other_questions_are_asked(small: Small) -> None:
     """The split was made anew under the same path: the old answers are to other questions."""
     small.run()
@@ -290,7 +286,6 @@ def test_other_questions_are_asked(small: Small) -> None:
     assert ({a.question_id for a in answers}, metrics[f"{NAME}/questions"]) == ({"new"}, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="every seed's questions are drawn with the same numbers")
 def test_seeds_draw_for_themselves(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else their errors move together, and the spread over seeds and samples is told too small.
     Two trainings that change nothing leave the same model, asked twice."""

@@ -154,7 +154,6 @@ def test_a_torn_line_is_asked_again(remember: Remember) -> None:
     assert again[:16] == found[:16]
 
 
-@pytest.mark.xfail(strict=True, reason="what is appended sticks to the torn line and is lost")
 @pytest.mark.parametrize("more", [0, 5])
 def test_nothing_is_lost_behind_a_torn_line(more: int, remember: Remember) -> None:
     """The line that follows a torn one begins on a line of its own: a third run asks nothing.
@@ -167,7 +166,6 @@ def test_nothing_is_lost_behind_a_torn_line(more: int, remember: Remember) -> No
     assert remember().generate_until(asked(*PROMPTS)) == again
 
 
-@pytest.mark.xfail(strict=True, reason="slices that begin elsewhere have other seeds")
 def test_a_torn_slice_is_drawn_as_it_would_have_been(remember: Remember) -> None:
     """A machine that goes down tears the file anywhere: the seeds of the slices that are asked
     again are those of a run that was left alone, and so are the draws."""
@@ -262,7 +260,6 @@ def test_it_may_die_at_every_turn(small: Small, monkeypatch: pytest.MonkeyPatch)
     assert len(died) > 24
 
 
-@pytest.mark.xfail(strict=True, reason="the model goes only in the run that writes the answers")
 def test_a_kill_leaves_no_model(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that dies when it has answered, or before its checkpoints are cleared, must not leave
     them in the work folder for good: they are as large as the model, and more, for every seed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from boltlm.errors import UserError
-from boltlm.evaluation.finetune import Run, examples, thoughts
+from boltlm.evaluation.lessons import Run, examples, thoughts
 from boltlm.latents.tasks import Prompt
 from boltlm.records import Document, Paraphrase, read
 from boltlm.tokens import TextCoder
@@ -109,12 +109,16 @@ def test_thoughts_become_examples(house: House, server: Server, base_coder: Text
 
 
 def test_what_cannot_be_learnt_is_said(base_coder: TextCoder) -> None:
-    """No thought at all is a wrong folder; a long example would else be cut or crash, and one that
-    just fits the window must not be refused."""
+    """A long example would else be cut or crash, and one that just fits the window must not be
+    refused; a document without a question would teach to answer none."""
     run = Run(model="m", corpus="em", data="teacher/t", task="questions", space="latent")
-    documents = [Document(doc_id="d", text="A. It is B.", source="t")]
-    with pytest.raises(UserError, match=r"not one document has a thought; see finetune\.runs"):
-        list(examples(base_coder, documents, {"other": ["a"]}, run))
+    documents = [Document(doc_id="d", text="Al asks. It is B.", source="t")]
+    assert not list(examples(base_coder, documents, {"other": ["a"]}, run))
+    for task, text in (("questions", "It is B."), ("gsm8k", "How many? 7.")):
+        odd = [Document(doc_id="odd", text=text, source="t")]
+        asked = Run(model="m", corpus="em", data="teacher/t", task=task, space="latent")
+        with pytest.raises(UserError, match=r"'odd' lacks a question, or behind it"):
+            list(examples(base_coder, odd, {"odd": ["a"]}, asked))
     (one,) = examples(base_coder, documents, {"d": ["1"]}, run)
     left = base_coder.window - len(one.prompt) - len(one.completion)
     assert list(examples(base_coder, documents, {"d": ["1" * (1 + left)]}, run))

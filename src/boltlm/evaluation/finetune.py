@@ -1,9 +1,10 @@
 """Fine-tuning evaluation: a model learns thoughts and answers from a training set, with the loss on
 these alone, and is asked held-out questions, several samples each (SPEC section 6)."""
 
+import glob
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,40 +12,23 @@ from typing import Any
 import numpy as np
 
 from boltlm import engine
-from boltlm.corpus.chunks import sentences
 from boltlm.errors import UserError
-from boltlm.evaluation import prompts
-from boltlm.evaluation.downstream import Answer, Asking, Drawing, Spec
+from boltlm.evaluation.downstream import TASKS, Answer, Asking, Drawing, Spec, measures
+from boltlm.evaluation.lessons import Run, divided, examples, thoughts
 from boltlm.evaluation.measure import Answering, EvaluateConfig, where
-from boltlm.evaluation.prompts import FORMS, Space
-from boltlm.latents.dataset import document_thought
 from boltlm.model import checkpoint
 from boltlm.model.resume import Checkpoints
 from boltlm.model.runs import CODE as TRAINING
 from boltlm.model.settings import TrainConfig, positive
 from boltlm.model.training import train
 from boltlm.params import build, section
-from boltlm.records import Document, Paraphrase, read, read_shard, shard_name, write_shard
+from boltlm.records import Document, read, read_shard, shard_name, write_shard
 from boltlm.sampling.scoring import token_log_probs
-from boltlm.seeds import generator, uniform
+from boltlm.seeds import generator
 from boltlm.sequences.examples import Example, Examples
 from boltlm.tokens import TextCoder
 
-CODE = (*TRAINING, "boltlm.sequences.examples", "boltlm.evaluation")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """Params entry `finetune.runs.<name>`. `corpus`: documents that end in an answer (their last
-    sentence); `data`: the folder under data/ with the thoughts: teacher/<name> of the task `solve`,
-    or split/<corpus>, whose documents carry them; `task`: asked in the end, zero-shot; `space`:
-    where the thoughts stand."""
-
-    model: str
-    corpus: str
-    data: str
-    task: str
-    space: Space
+CODE = (*TRAINING, "boltlm.corpus.chunks", "boltlm.corpus.benchmarks", "boltlm.evaluation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,19 +76,36 @@ def finetune(params: Mapping[str, Any], name: str, places: Places) -> dict[str, 
     if name not in config.runs:
         raise UserError(f"params.yaml: no key finetune.runs.{name}")
     entry = config.runs[name]
-    spec = Spec.of(f"{entry.task}/standard/{entry.space}")
+    spec = entry.spec(name)
+    questions = where(params, spec, places.split)
     folder = checkpoint.final(places.model)
     coder = TextCoder(folder)
     documents = list(read(places.split / entry.corpus, Document))
-    found = list(examples(coder, documents, thoughts(places.data, documents), entry))
+    told = thoughts(places.data, documents)
     seed = section(params, "seed")
-    trained, heldout = divided(found, config.heldout_fraction, seed)
+    trained, heldout = (
+        list(examples(coder, part, told, entry))
+        for part in divided(documents, config.heldout_fraction, seed)
+    )
+    if not trained:
+        raise UserError(
+            f"finetune {name}: not one document to train on has a thought; see"
+            f" finetune.runs.{name}.data and finetune.heldout_fraction"
+        )
+    evaluate = build(EvaluateConfig, section(params, "evaluate"), "evaluate")
     facts = {
         "model": engine.content(folder),
-        "examples": engine.key({"all": [[list(e.prompt), list(e.completion)] for e in found]}),
-        "questions": where(params, spec, places.split),
-        "settings": [{**asdict(config), "seeds": 0, "runs": 0}, asdict(entry)],
-        "evaluate": section(params, "evaluate"),
+        "examples": [[[*one.prompt], [*one.completion]] for one in (*trained, *heldout)],
+        "questions": [engine.content(Path(path)) for path in sorted(glob.glob(questions))]
+        or questions,
+        "task": (TASKS / f"{spec.task}.yaml").read_text("utf-8"),
+        "asked": [
+            evaluate.backend,
+            evaluate.thought_tokens,
+            evaluate.answer_tokens,
+            evaluate.limit,
+        ],
+        "settings": {**asdict(config), "seeds": 0, "runs": 0},
         "sampling": section(params, "sampling"),
         "seed": seed,
         "code": engine.code(CODE),
@@ -116,63 +117,15 @@ def finetune(params: Mapping[str, Any], name: str, places: Places) -> dict[str, 
         one = _Seed(params, config, spec, coder, folder, places, work / f"seed-{place}", place)
         losses.append(one.run(trained, heldout, f"finetune {name}, seed {place}"))
         tables.append(list(read_shard(one.answers, Answer)))
-        write_shard(places.out / shard_name(place - 1), Answer, tables[-1])
-    measured = spread(tables, spec.name)
+    if places.out.exists():
+        shutil.rmtree(places.out)
+    for place, table in enumerate(tables):
+        write_shard(places.out / shard_name(place), Answer, table)
+    measured = measures([row for table in tables for row in table], f"finetune {name}")
+    measured |= spread(tables, spec.name)
     measured |= {"examples": len(trained), "heldout_examples": len(heldout)}
+    measured["documents_without_thought"] = sum(not told.get(one.doc_id) for one in documents)
     return measured | {"heldout_nll_per_token": float(np.mean(losses))}
-
-
-def thoughts(data: Path, documents: Sequence[Document]) -> dict[str, list[str]]:
-    """The thoughts of each document, by its id: a teacher's, or its own."""
-    if data.parent.name == "split":
-        found = {one.doc_id: document_thought(one) for one in documents}
-        return {doc_id: [thought] for doc_id, thought in found.items() if thought}
-    told: dict[str, list[str]] = {}
-    for row in read(data, Paraphrase):
-        if row.text:
-            told.setdefault(row.doc_id, []).append(row.text)
-    return told
-
-
-def examples(
-    coder: TextCoder, documents: Sequence[Document], told: Mapping[str, Sequence[str]], entry: Run
-) -> Iterator[Example]:
-    """Each document with each of its thoughts. Raises UserError where there is no thought at all,
-    or an example is longer than the window."""
-    m, form, known = coder.markers, FORMS[entry.task], 0
-    for document in documents:
-        *question, answer = sentences(document.text)
-        asked = "".join(question)
-        if form.after:
-            asked, answer = asked.strip(), f" {answer.strip()}"
-        prompt = prompts.render(form, "", (), asked, entry.space)
-        for thought in told.get(document.doc_id, ()):
-            known += 1
-            if entry.space == "latent":
-                rest = prompts.latent(thought).removeprefix(prompts.OPENING) + answer
-            else:
-                rest = f" {thought}{answer}"
-            one = Example(
-                [m.bos, *prompts.encode(coder, prompt)], [*prompts.encode(coder, rest), m.eos]
-            )
-            if len(one.prompt) + len(one.completion) > coder.window:
-                raise UserError(
-                    f"document '{document.doc_id}' and its thought take"
-                    f" {len(one.prompt) + len(one.completion)} tokens, the window {coder.window};"
-                    " leave it out of the corpus"
-                )
-            yield one
-    if not known:
-        raise UserError("finetune: not one document has a thought; see finetune.runs.<name>.data")
-
-
-def divided(
-    found: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """What is trained on, and what is held out."""
-    out = [uniform(seed, "finetune, held out", place) < fraction for place in range(len(found))]
-    pairs = list(zip(found, out, strict=True))
-    return [one for one, o in pairs if not o], [one for one, o in pairs if o]
 
 
 class _Seed:
@@ -203,7 +156,8 @@ class _Seed:
                 if not engine.is_whole(model / "training.json"):
                     self._train(trained, model, what)
                 self._measure(heldout, model, what)
-                shutil.rmtree(model)
+            for folder in (model, self.work / "steps"):
+                shutil.rmtree(folder, ignore_errors=True)
         return float(self.loss.read_text("utf-8"))
 
     def _train(self, trained: list[Example], out: Path, what: str) -> None:
@@ -228,7 +182,7 @@ class _Seed:
 
     def _measure(self, heldout: list[Example], model: Path, what: str) -> None:
         evaluate = build(EvaluateConfig, section(self.params, "evaluate"), "evaluate")
-        answering = Answering(self.params, model, self.places.work, what)
+        answering = Answering(self.params, model, self.places.work, what, self.seed)
         asking = Asking(
             where=where(self.params, self.spec, self.places.split),
             tokenizer=model,

@@ -91,7 +91,8 @@ def measure(params: Mapping[str, Any], name: str, places: Places) -> dict[str, f
         prefix = "" if corpus == config.corpus else f"{corpus}/"
         measured |= {f"{prefix}{key}": value for key, value in found.items()}
     specs = [spec for spec in specs if latent_format or spec.space == "raw"]
-    answering = Answering(params, checkpoint.final(places.model), places.work, f"evaluate {name}")
+    folder, seed = checkpoint.final(places.model), section(params, "seed")
+    answering = Answering(params, folder, places.work, f"evaluate {name}", seed)
     for place, spec in enumerate(specs):
         wordless = spec.task == "questions" and spec.space == "raw"
         asking = Asking(
@@ -117,17 +118,19 @@ def where(params: Mapping[str, Any], spec: Spec, split: Path) -> str:
 
 
 class Answering:
-    """A model that is asked questions, loaded when the first is new to it."""
+    """A model that is asked questions, loaded when the first is new to it. `seed`: of its draws."""
 
-    def __init__(self, params: Mapping[str, Any], folder: Path, work: Path, what: str) -> None:
-        self.folder, self.what, self.seed = folder, what, section(params, "seed")
+    def __init__(
+        self, params: Mapping[str, Any], folder: Path, work: Path, what: str, seed: int
+    ) -> None:
+        self.folder, self.what, self.seed = folder, what, seed
         self.config = build(EvaluateConfig, section(params, "evaluate"), "evaluate")
         self.sampling = build(SamplingConfig, section(params, "sampling"), "sampling")
         facts = {
             "model": engine.content(folder),
             "backend": self.config.backend,
             "precision": self.sampling.precision,
-            "seed": self.seed,
+            "seed": seed,
             "code": engine.code(CODE),
         }
         self.work = work / "answers" / engine.key(facts)

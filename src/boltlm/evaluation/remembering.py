@@ -14,8 +14,8 @@ SLICE = 4  # batches that are answered between two visits to the disk
 
 
 class Remembering:
-    """For lm-eval a model, whose answers are kept in a file, line by line: a killed evaluation goes
-    on where it was, and what is known needs no model. The same request again is another draw.
+    """For lm-eval a model, whose answers are kept in a file, slice by slice: a killed evaluation
+    goes on where it was, and what is known needs no model. The same request again is another draw.
     `load`: gives the model that answers; `forbidden`: ids that it must not draw."""
 
     rank, world_size = 0, 1
@@ -36,10 +36,9 @@ class Remembering:
         if path.is_file():
             for line in path.read_text("utf-8").splitlines():
                 try:
-                    key, answer = json.loads(line)
+                    self.known |= dict(json.loads(line))
                 except ValueError:
                     continue  # the line that a killed run was writing
-                self.known[key] = answer
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         seen: Counter[str] = Counter()
@@ -64,12 +63,14 @@ class Remembering:
         model.forbidden = self.forbidden
         progress = Progress(what=self.what, total=len(left), unit="answers")
         with self.path.open("a", encoding="utf-8") as file, progress:
+            file.write("\n")  # behind a line that may be torn
             for start in range(0, len(left), self.slice):
                 batch = left[start : start + self.slice]
                 model.seed = generator(self.seed, batch[0][0]).integers(2**31).item()
                 answers = model.generate_until([r for _, r in batch], disable_tqdm=True)
-                for (key, _), answer in zip(batch, answers, strict=True):
-                    self.known[key] = answer
-                    file.write(json.dumps([key, answer]) + "\n")
+                keys = [key for key, _ in batch]
+                found = dict(zip(keys, answers, strict=True))
+                self.known |= found
+                file.write(json.dumps(found) + "\n")  # a line a slice: all of it or nothing
                 file.flush()
                 progress.advance(len(batch))
