@@ -222,6 +222,7 @@ def test_a_wrong_parameter_is_told_in_one_line(finished: Path, tmp_path: Path, c
         if key == "corpus":
             value = {"columns": columns, "shuffle_buffer": 0, **value}
             params["corpora"] = {"em": {"documents": 5, "source": {}}}
+            params["questions"] = {"count": 0, "source": {}}
         params[key] = {**params[key], **value} if key == "chunks" else value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     command = [
