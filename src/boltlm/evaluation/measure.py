@@ -37,6 +37,7 @@ CODE = (
     "boltlm.sampling",
     "boltlm.evaluation.backends",
     "boltlm.evaluation.likelihood",
+    "boltlm.evaluation.prompts",
 )
 
 
