@@ -1,14 +1,15 @@
-# `make repro` runs the experiment, `make test` the tests, `make ui` opens MLflow.
+# make repro: run the experiment; make test: run the tests; make check: lint, format and types;
+# make deps: bring the source dependencies in dvc.yaml up to date; make ui: open MLflow.
 PYTHON ?= python3
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 LOCK := $(if $(GPU),requirements-cuda.lock,requirements-cpu.lock)
-# uv reads its own names for where wheels are; without any, a CPU machine takes CPU builds.
+# uv does not read pip's setting for local wheels; without such wheels, a CPU machine gets CPU builds.
 LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 TORCH := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(GPU),,UV_TORCH_BACKEND=cpu))
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: repro test check ui
+.PHONY: repro test check deps ui
 repro: .venv/ready
 	$(RUN) dvc repro
 
@@ -17,6 +18,9 @@ test: .venv/ready
 
 check: .venv/ready
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright
+
+deps: .venv/ready
+	$(RUN) python -m tests.stage_deps
 
 ui: .venv/ready
 	$(RUN) mlflow ui --backend-store-uri sqlite:///mlflow.db

@@ -1,13 +1,20 @@
-"""Chunks a second of the E-step, against the reference's scheme and against plain generate.
+"""Chunks per second of the E-step, compared with the authors' scheme and with plain `generate`.
 
     python benchmarks/estep.py --model models/em1 --chunks data/chunks/em --limit 300
 
-`reference`: K copies of each prompt to vLLM, then a second vLLM pass with prompt_logprobs over the
-decoded and encoded joint texts, vLLM's settings as they come; `reference_tuned`: the same with the
-settings that our sampler gives vLLM. `generate`: model.generate with K sequences a prompt, then one
-full forward pass a sample for q and for p. `ours`: the E-step with each sampler. `scorer` and
-`prompt_logprobs`: log p alone, of the same drawn ids, by our scorer and by vLLM. Each side is a
-process of its own and is run three times; the best of the last two counts, without the loading.
+The sides are:
+
+    ours_transformers, ours_vllm   the E-step with either sampler
+    reference                      vLLM with default settings: K copies of each prompt, then a
+                                   second pass with prompt_logprobs over the joint texts, which
+                                   were decoded and encoded again
+    reference_tuned                the same with the engine settings of our sampler
+    generate                       model.generate with K sequences per prompt, then one full forward
+                                   pass per sample for q and one for p
+    scorer, prompt_logprobs        log p alone of the same drawn ids, by our scorer and by vLLM
+
+Each side runs three times in its own process; the better of the last two runs counts, without the
+time to load the model.
 """
 
 import argparse
@@ -16,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +33,20 @@ sys.path[:0] = [str(ROOT / "src")]
 
 from sides import add_paths, measured  # noqa: E402
 
-from boltlm.params import load, section  # noqa: E402
-from boltlm.records import Chunk, read  # noqa: E402
-from boltlm.sampling.estep import Effort, EStep, Item, items, joint_scores  # noqa: E402
-from boltlm.sampling.precision import log_prob  # noqa: E402
-from boltlm.sampling.samplers import Draw, Ends  # noqa: E402
-from boltlm.sampling.shards import context_room, make_estep  # noqa: E402
+from boltlm.checkpoint import Precision  # noqa: E402
+from boltlm.estep.config import DrawSettings  # noqa: E402
+from boltlm.estep.estep import (  # noqa: E402
+    ChunkInContext,
+    EStep,
+    Throughput,
+    chunks_in_context,
+    joint_scores,
+)
+from boltlm.estep.samplers import Draw, StopTokens  # noqa: E402
+from boltlm.estep.shard_worker import build_estep, context_token_budget  # noqa: E402
+from boltlm.estep.verify_weights import exact_log_prob  # noqa: E402
+from boltlm.params import PositiveInt, build_settings, load  # noqa: E402
+from boltlm.records import Chunk, read_table  # noqa: E402
 from boltlm.sequences import layouts  # noqa: E402
 
 SIDES = (
@@ -42,67 +58,81 @@ SIDES = (
     "scorer",
     "prompt_logprobs",
 )
+Work = Callable[[EStep, Sequence[ChunkInContext], int], Any]
 
 
-def reference(estep: EStep, found: Sequence[Item], draws: int) -> int:
-    """Sample K copies of each prompt, decode, encode again, and score the joint by vLLM."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkSettings(DrawSettings):
+    """What the sides need: settings of the E-step, and K."""
+
+    k_samples: PositiveInt
+
+
+def run_reference(estep: EStep, chunks: Sequence[ChunkInContext], num_samples: int) -> int:
+    """Sample K copies of each prompt, decode, encode again, and score the joint texts with vLLM."""
     from vllm import SamplingParams, TokensPrompt
 
-    m, coder = estep.markers, estep.coder
+    special, coder = estep.special_tokens, estep.coder
     engine: Any = estep.sampler
-    ends = list(Ends.of_latents(m).finish_of)
-    settings = SamplingParams(
+    sampling_params = SamplingParams(
         temperature=1.0,
         max_tokens=estep.max_latent_tokens + 1,
         logprobs=0,
-        stop_token_ids=ends,
+        stop_token_ids=list(StopTokens.for_latents(special).finish_reasons),
         ignore_eos=True,
         detokenize=False,
     )
     prompts = [
-        TokensPrompt(prompt_token_ids=layouts.posterior_prefix(m, item.context, item.text))
-        for item in found
-        for _ in range(draws)
+        TokensPrompt(prompt_token_ids=layouts.posterior_prompt(special, chunk.context, chunk.text))
+        for chunk in chunks
+        for _ in range(num_samples)
     ]
-    drawn = engine.model.generate(prompts, settings, use_tqdm=False)
+    outputs = engine.model.generate(prompts, sampling_params, use_tqdm=False)
     joint = []
-    for place, output in enumerate(drawn):
-        item = found[place // draws]
+    for index, output in enumerate(outputs):
+        chunk = chunks[index // num_samples]
         latent = coder.encode(coder.decode(list(output.outputs[0].token_ids[:-1])))
-        text = coder.encode(coder.decode(list(item.text)))
-        joint.append([*layouts.prior_prefix(m, item.context), *latent, m.eol, *text])
-    return prompt_logprobs(engine.model, joint)
+        text = coder.encode(coder.decode(list(chunk.text)))
+        prompt = layouts.prior_prompt(special, chunk.context)
+        joint.append([*prompt, *latent, special.eol, *text])
+    return run_prompt_logprobs(engine.model, joint)
 
 
-def prompt_logprobs(engine: Any, joint: Sequence[list[int]]) -> int:
-    """Log-probabilities of whole sequences by vLLM; how many there are."""
+def run_prompt_logprobs(engine: Any, joint: Sequence[list[int]]) -> int:
+    """Compute the log-probabilities of complete sequences with vLLM; returns their number."""
     from vllm import SamplingParams, TokensPrompt
 
-    score = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    asked = [TokensPrompt(prompt_token_ids=ids) for ids in joint]
-    scored = engine.generate(asked, score, use_tqdm=False)
-    return sum(len(one.prompt_logprobs) for one in scored)
+    sampling_params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in joint]
+    outputs = engine.generate(prompts, sampling_params, use_tqdm=False)
+    return sum(len(output.prompt_logprobs) for output in outputs)
 
 
-def scorer(estep: EStep, found: Sequence[Item], groups: Sequence[Sequence[Draw]]) -> int:
-    """log p of drawn ids by our scorer."""
-    scores = joint_scores(estep.model, estep.markers, found, groups, estep.config.batch_tokens)
+def run_scorer(
+    estep: EStep, chunks: Sequence[ChunkInContext], draws: Sequence[Sequence[Draw]]
+) -> int:
+    """Compute log p of drawn ids with our scorer; returns their number."""
+    scores = joint_scores(
+        estep.model, estep.special_tokens, chunks, draws, estep.config.batch_tokens
+    )
     return sum(map(len, scores))
 
 
-def joints(estep: EStep, found: Sequence[Item], groups: Sequence[Sequence[Draw]]) -> list[Any]:
-    """What vLLM must score for the same: a sequence for every draw that ended."""
-    m = estep.markers
+def joint_sequences(
+    estep: EStep, chunks: Sequence[ChunkInContext], draws: Sequence[Sequence[Draw]]
+) -> list[list[int]]:
+    """The sequences that vLLM must score for the same result: one for each valid draw."""
+    special = estep.special_tokens
     return [
-        [*layouts.prior_prefix(m, item.context), *draw.tokens, m.eol, *item.text]
-        for item, group in zip(found, groups, strict=True)
-        for draw in group
+        [*layouts.prior_prompt(special, chunk.context), *draw.tokens, special.eol, *chunk.text]
+        for chunk, draws_K in zip(chunks, draws, strict=True)
+        for draw in draws_K
         if draw.finish == "stop"
     ]
 
 
-def stock(model: Path, window: int, precision: str, **more: Any) -> Any:
-    """vLLM with its own settings, in this process."""
+def create_engine(model: Path, context_length: int, precision: Precision, **arguments: Any) -> Any:
+    """vLLM with its default settings, in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
     import torch
     from vllm import LLM
@@ -112,103 +142,120 @@ def stock(model: Path, window: int, precision: str, **more: Any) -> Any:
         str(model),
         skip_tokenizer_init=True,
         dtype=precision,
-        max_model_len=window,
+        max_model_len=context_length,
         enforce_eager=not torch.cuda.is_available(),
         seed=1,
-        **more,
+        **arguments,
     )
     torch.set_num_threads(threads)
     return engine
 
 
-def generate(estep: EStep, found: Sequence[Item], draws: int) -> int:
-    """model.generate a prompt at a time, then a full forward pass a sample for q and for p."""
+def run_generate(estep: EStep, chunks: Sequence[ChunkInContext], num_samples: int) -> int:
+    """Call model.generate for one prompt at a time, then run a full forward pass per sample for q
+    and one for p; returns the number of samples."""
     import torch
 
-    m, model = estep.markers, estep.model
+    special, model = estep.special_tokens, estep.model
     count = 0
-    for item in found:
-        prompt = layouts.posterior_prefix(m, item.context, item.text)
+    for chunk in chunks:
+        prompt = layouts.posterior_prompt(special, chunk.context, chunk.text)
+        prior = layouts.prior_prompt(special, chunk.context)
         with torch.inference_mode():
-            drawn: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            outputs: Any = model.generate(  # pyright: ignore[reportCallIssue]
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 do_sample=True,
                 top_k=0,
-                num_return_sequences=draws,
+                num_return_sequences=num_samples,
                 max_new_tokens=estep.max_latent_tokens + 1,
-                eos_token_id=[m.eol, m.eos],
-                pad_token_id=m.eos,
+                eos_token_id=[special.eol, special.eos],
+                pad_token_id=special.eos,
             )
-        for row in drawn[:, len(prompt) :].tolist():
-            latent = row[: row.index(m.eol) + 1] if m.eol in row else row
-            log_prob(model, prompt, latent)
-            log_prob(model, layouts.prior_prefix(m, item.context), [*latent, *item.text])
+        for row in outputs[:, len(prompt) :].tolist():
+            latent = row[: row.index(special.eol) + 1] if special.eol in row else row
+            exact_log_prob(model, prompt, latent)
+            exact_log_prob(model, prior, [*latent, *chunk.text])
             count += 1
     return count
 
 
-def side(args: argparse.Namespace) -> dict[str, float]:
-    params = load(args.params)
-    params["sampling"] |= {"sampler": "transformers", "precision": args.precision}
-    if args.side in ("ours_vllm", "reference_tuned"):
-        params["sampling"]["sampler"] = "vllm"
-    estep = make_estep(params, args.model, purpose="benchmark")
-    room = context_room(estep.coder, params)
-    chunks = list(read(args.chunks, Chunk))
-    found = items(chunks, section(params, "context_chunks"), room)[: args.limit]
-    draws = section(params, "k_samples")
-    window = estep.coder.window
+def prepare(
+    args: argparse.Namespace, estep: EStep, chunks: Sequence[ChunkInContext], num_samples: int
+) -> Work:
+    """The work that a side repeats; what it needs beforehand is done here, outside the timing."""
+    context_length = estep.coder.context_length
     if args.side == "reference":
-        engine: Any = SimpleNamespace(model=stock(args.model, window, args.precision))
-        estep.sampler = engine
-    work: Callable[[EStep, Sequence[Item], int], Any] = {
-        "reference": reference,
-        "reference_tuned": reference,
-        "generate": generate,
-    }.get(args.side, lambda estep, found, draws: estep.run(found, draws))
-    if args.side in ("scorer", "prompt_logprobs"):
-        m = estep.markers
-        prompts = [layouts.posterior_prefix(m, item.context, item.text) for item in found]
-        keys = [("sample", "benchmark", item.doc_id, item.chunk) for item in found]
-        groups = estep.sampler.sample(prompts, keys, draws)
-        work = lambda estep, found, _: scorer(estep, found, groups)  # noqa: E731
-    if args.side == "prompt_logprobs":  # which does not use the prefix cache
-        scoring = stock(args.model, window, args.precision, enable_prefix_caching=False)
-        joint = joints(estep, found, groups)
-        work = lambda *_: prompt_logprobs(scoring, joint)  # noqa: E731
-    took: list[tuple[float, Effort]] = []
+        engine = create_engine(args.model, context_length, args.precision)
+        sampler: Any = SimpleNamespace(model=engine)
+        estep.sampler = sampler
+    if args.side in ("reference", "reference_tuned"):
+        return run_reference
+    if args.side == "generate":
+        return run_generate
+    if args.side not in ("scorer", "prompt_logprobs"):
+        return lambda estep, chunks, num_samples: estep.run(chunks, num_samples)
+    special = estep.special_tokens
+    prompts = [layouts.posterior_prompt(special, chunk.context, chunk.text) for chunk in chunks]
+    keys = [("sample", "benchmark", chunk.doc_id, chunk.chunk) for chunk in chunks]
+    draws = estep.sampler.sample(prompts, keys, num_samples)
+    if args.side == "scorer":
+        return lambda estep, chunks, _: run_scorer(estep, chunks, draws)
+    # prompt_logprobs does not use the prefix cache.
+    engine = create_engine(args.model, context_length, args.precision, enable_prefix_caching=False)
+    joint = joint_sequences(estep, chunks, draws)
+    return lambda *_: run_prompt_logprobs(engine, joint)
+
+
+def measure_side(args: argparse.Namespace) -> dict[str, float]:
+    """One side, in this process."""
+    params = load(args.params)
+    uses_our_vllm = args.side in ("ours_vllm", "reference_tuned")
+    params["sampling"] |= {
+        "sampler": "vllm" if uses_our_vllm else "transformers",
+        "precision": args.precision,
+    }
+    settings = build_settings(BenchmarkSettings, params)
+    estep = build_estep(settings, args.model, purpose="benchmark")
+    token_budget = context_token_budget(estep.coder, settings.max_latent_tokens)
+    table = list(read_table(args.chunks, Chunk))
+    chunks = chunks_in_context(table, settings.context_chunks, token_budget)[: args.limit]
+    work = prepare(args, estep, chunks, settings.k_samples)
+    runs: list[tuple[float, Throughput]] = []
     for _ in range(3):
-        estep.effort = Effort()
-        started = time.perf_counter()
-        work(estep, found, draws)
-        took.append((time.perf_counter() - started, estep.effort))
-    seconds, effort = min(took[1:], key=lambda run: run[0])
-    both = max(effort.sample_seconds + effort.score_seconds, 1e-9)
+        estep.throughput = Throughput()
+        start = time.perf_counter()
+        work(estep, chunks, settings.k_samples)
+        runs.append((time.perf_counter() - start, estep.throughput))
+    seconds, throughput = min(runs[1:], key=lambda run: run[0])
+    estep_seconds = max(throughput.sample_seconds + throughput.score_seconds, 1e-9)
     return {
-        "chunks": len(found),
-        "chunks_per_second": len(found) / seconds,
-        "sampling_time_fraction": effort.sample_seconds / both,
-        "sampled_tokens_per_second": effort.sampled_tokens / max(effort.sample_seconds, 1e-9),
-        "scored_tokens_per_second": effort.scored_tokens / max(effort.score_seconds, 1e-9),
+        "chunks": len(chunks),
+        "chunks_per_second": len(chunks) / seconds,
+        "sampling_time_fraction": throughput.sample_seconds / estep_seconds,
+        "sampled_tokens_per_second": throughput.sampled_tokens
+        / max(throughput.sample_seconds, 1e-9),
+        "scored_tokens_per_second": throughput.scored_tokens / max(throughput.score_seconds, 1e-9),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_paths(parser, params="params.yaml", model="models/em1", chunks="data/chunks/em")
-    parser.add_argument("--limit", type=int, default=300, help="chunks")
+    parser.add_argument("--limit", type=int, default=300, help="number of chunks")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(side(args)))
+        print(json.dumps(measure_side(args)))
         return
-    found: dict[str, dict[str, float]] = {}
+    sides: dict[str, dict[str, float]] = {}
     for name in SIDES:
-        found[name] = measured("--side", name)
-        print(name, json.dumps(found[name]), flush=True)
-    speed = {name: facts["chunks_per_second"] for name, facts in found.items()}
+        sides[name] = measured("--side", name)
+        print(name, json.dumps(sides[name]), flush=True)
+    speed = {name: facts["chunks_per_second"] for name, facts in sides.items()}
     best = max(speed["ours_transformers"], speed["ours_vllm"])
     facts = {
         "cores": os.cpu_count(),

@@ -1,14 +1,15 @@
-"""Evaluation against its alternatives: a GSM8K run against lm-eval's own command line, and the
-bound against scoring each sample by itself.
+"""Evaluation compared with its alternatives: GSM8K with lm-eval's own command line, and the ELBO
+with each sample scored by itself.
 
     python benchmarks/evaluate.py --model models/em1 --chunks data/chunks/heldout \
         --questions gsm8k_test.jsonl
 
-GSM8K: standard shots, raw space, greedy, the same model, batch size, questions and limit of new
-tokens; a Llama of the given model's sizes but with a window for all eight shots and weights that
-are not trained (so every answer is as long as may be). Both are whole processes, started and loaded
-anew. The bound: K draws a chunk by the same sampler, then our scorer, or two full forward passes
-for each draw. Each side is run twice, the better one counts.
+GSM8K: standard prompts, raw space, greedy decoding, and the same model, batch size, questions and
+limit of new tokens. The model has the sizes of the given one, but a context length in which all
+eight examples fit, and random weights, so that every answer reaches the limit. Both sides are
+complete processes, start-up and loading included. ELBO: K samples per chunk by the same sampler,
+scored by our scorer or by two complete forward passes for each sample. Each side runs twice, and
+the better run counts.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,47 +30,49 @@ sys.path[:0] = [str(ROOT / "src")]
 import yaml  # noqa: E402
 from sides import add_paths, measured  # noqa: E402
 
-from boltlm.params import load, section  # noqa: E402
-from boltlm.records import Chunk, read  # noqa: E402
+from boltlm.estep.config import DrawSettings  # noqa: E402
+from boltlm.params import load, load_settings  # noqa: E402
+from boltlm.records import Chunk, read_table  # noqa: E402
 
-SIDES = ("gsm8k_ours", "gsm8k_lm_eval", "elbo_ours", "elbo_alone")
-NEW_TOKENS, WINDOW = 256, 4096
+SIDES = ("gsm8k_ours", "gsm8k_lm_eval", "elbo_ours", "elbo_single_samples")
+MAX_NEW_TOKENS, CONTEXT_LENGTH = 256, 4096
 
 
-def wide(model: Path, folder: Path) -> Path:
-    """A model of the same sizes with a longer window, and the tokenizer."""
+def make_random_model(model: Path, folder: Path) -> Path:
+    """A random model with the sizes of `model` and a longer context, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from boltlm.model import checkpoint
+    from boltlm import checkpoint
 
     config = LlamaConfig.from_pretrained(model)
-    config.max_position_embeddings = WINDOW
+    config.max_position_embeddings = CONTEXT_LENGTH
     torch.manual_seed(1)
-    checkpoint.save(LlamaForCausalLM(config), folder, model, {})
+    checkpoint.save_model(LlamaForCausalLM(config), folder, model, {})
     return folder
 
 
-def ours(args: argparse.Namespace) -> dict[str, float]:
-    """The task in this process; how many tokens were written."""
+def run_our_gsm8k(args: argparse.Namespace) -> dict[str, float]:
+    """Run the task in this process; return the number of generated tokens."""
     from boltlm.evaluation import backends, downstream
+    from boltlm.evaluation.task_spec import TaskSpec
     from boltlm.tokens import TextCoder
 
-    backend = backends.load("hf", args.model, "float32", args.batch, 0.4)
-    asking = downstream.Asking(
-        where=str(args.questions),
-        tokenizer=args.model,
-        answer_tokens=NEW_TOKENS,
+    model = backends.load_lm("hf", args.random_model, "float32", args.batch_size, 0.4)
+    options = downstream.TaskOptions(
+        data_path=str(args.questions),
+        tokenizer=args.random_model,
+        max_answer_tokens=MAX_NEW_TOKENS,
         limit=args.limit,
     )
-    found = downstream.run(backend, downstream.Spec.of("gsm8k/standard/raw"), asking)
-    coder = TextCoder(args.model)
-    answers = [one.completion for one in found if one.grader == "flexible"]
-    return {"tokens": sum(len(coder.encode(answer)) for answer in answers)}
+    answers = downstream.run_task(model, TaskSpec.parse("gsm8k/standard/raw"), options)
+    coder = TextCoder(args.random_model)
+    completions = [answer.completion for answer in answers if answer.grader == "flexible"]
+    return {"tokens": sum(len(coder.encode(completion)) for completion in completions)}
 
 
-def command_line(args: argparse.Namespace, model: Path, folder: Path) -> dict[str, float]:
-    """lm-eval's own task, with its data from the file: seconds, and tokens that were written."""
+def run_lm_eval_gsm8k(args: argparse.Namespace, model: Path, folder: Path) -> dict[str, float]:
+    """Run lm-eval's own task on the file; return its seconds and the number of generated tokens."""
     from boltlm.tokens import TextCoder
 
     installed = resources.files("lm_eval").joinpath("tasks", "gsm8k", "gsm8k-cot.yaml")
@@ -82,10 +86,10 @@ def command_line(args: argparse.Namespace, model: Path, folder: Path) -> dict[st
     subprocess.run(
         [
             *(str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf"),
-            *("--model_args", f"pretrained={model},dtype=float32,max_length={WINDOW}"),
+            *("--model_args", f"pretrained={model},dtype=float32,max_length={CONTEXT_LENGTH}"),
             *("--tasks", "gsm8k_cot_local", "--include_path", str(folder)),
-            *("--batch_size", str(args.batch), "--limit", str(args.limit), "--device", "cpu"),
-            *("--output_path", str(folder / "out"), "--log_samples"),
+            *("--batch_size", str(args.batch_size), "--limit", str(args.limit)),
+            *("--device", "cpu", "--output_path", str(folder / "out"), "--log_samples"),
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -93,92 +97,99 @@ def command_line(args: argparse.Namespace, model: Path, folder: Path) -> dict[st
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
     )
     seconds = time.perf_counter() - started
-    (written,) = (folder / "out").rglob("samples_*.jsonl")
-    rows = [json.loads(line) for line in written.read_text("utf-8").splitlines()]
-    answers = {row["doc_id"]: row["resps"][0][0] for row in rows}
+    (samples_path,) = (folder / "out").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples_path.read_text("utf-8").splitlines()]
+    completions = {row["doc_id"]: row["resps"][0][0] for row in rows}
     coder = TextCoder(model)
-    tokens = sum(len(coder.encode(answer)) for answer in answers.values())
+    tokens = sum(len(coder.encode(completion)) for completion in completions.values())
     return {"seconds": seconds, "tokens": tokens}
 
 
-def bound(args: argparse.Namespace, alone: bool) -> dict[str, float]:
-    """The bound's samples and weights for some chunks; the seconds without the loading."""
-    from boltlm.sampling.estep import items
-    from boltlm.sampling.precision import log_prob
-    from boltlm.sampling.shards import context_room, make_estep
+def run_elbo(args: argparse.Namespace, single_samples: bool) -> dict[str, float]:
+    """Sample and weight the latents of some chunks; return the seconds without loading. With
+    `single_samples` each sample is scored by forward passes of its own."""
+    from boltlm.estep.estep import chunks_in_context
+    from boltlm.estep.shard_worker import build_estep, context_token_budget
+    from boltlm.estep.verify_weights import exact_log_weight
     from boltlm.sequences import layouts
 
-    params = load(args.params)
-    params["sampling"] |= {"sampler": "transformers", "precision": "float32"}
-    estep: Any = make_estep(params, args.model, purpose="benchmark")
-    m, room = estep.markers, context_room(estep.coder, params)
-    chunks = list(read(args.chunks, Chunk))
-    found = items(chunks, section(params, "context_chunks"), room)[: args.chunk_limit]
-    draws = section(params, "k_samples")
-    took: list[float] = []
+    settings = load_settings(DrawSettings, args.params)
+    sampling = replace(settings.sampling, sampler="transformers", precision="float32")
+    settings = replace(settings, sampling=sampling)
+    num_samples = load(args.params)["k_samples"]
+    estep = build_estep(settings, args.model, purpose="benchmark")
+    special = estep.special_tokens
+    token_budget = context_token_budget(estep.coder, settings.max_latent_tokens)
+    all_chunks = list(read_table(args.chunks, Chunk))
+    chunks = chunks_in_context(all_chunks, settings.context_chunks, token_budget)
+    chunks = chunks[: args.chunk_limit]
+    seconds: list[float] = []
     for _ in range(3):
         started = time.perf_counter()
-        if not alone:
-            estep.run(found, draws)
+        if not single_samples:
+            estep.run(chunks, num_samples)
         else:
-            prompts = [layouts.posterior_prefix(m, item.context, item.text) for item in found]
-            keys = [("sample", "benchmark", item.doc_id, item.chunk) for item in found]
-            groups = estep.sampler.sample(prompts, keys, draws)
-            for item, prompt, group in zip(found, prompts, groups, strict=True):
-                for draw in group:
-                    latent = [*draw.tokens, m.eol]
-                    log_prob(estep.model, prompt, latent)
-                    before = layouts.prior_prefix(m, item.context)
-                    log_prob(estep.model, before, [*latent, *item.text])
-        took.append(time.perf_counter() - started)
-    return {"seconds": min(took[1:]), "chunks": len(found)}
+            prompts = [layouts.posterior_prompt(special, c.context, c.text) for c in chunks]
+            keys = [("sample", "benchmark", c.doc_id, c.chunk) for c in chunks]
+            groups = estep.sampler.sample(prompts, keys, num_samples)
+            for chunk, draws in zip(chunks, groups, strict=True):
+                for draw in draws:
+                    exact_log_weight(estep.model, special, chunk, draw.tokens)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds[1:]), "chunks": len(chunks)}
 
 
-def run(args: argparse.Namespace, name: str, model: Path, folder: Path) -> dict[str, float]:
-    """One side, in a process of its own."""
-    if name == "gsm8k_lm_eval":
-        return command_line(args, model, folder)
+def run_side(
+    args: argparse.Namespace, side: str, random_model: Path, folder: Path
+) -> dict[str, float]:
+    """Run one side in a process of its own."""
+    if side == "gsm8k_lm_eval":
+        return run_lm_eval_gsm8k(args, random_model, folder)
     started = time.perf_counter()
-    found = measured("--side", name, "--wide", str(model))
-    return {"seconds": time.perf_counter() - started, **found}
+    figures = measured("--side", side, "--random-model", str(random_model))
+    return {"seconds": time.perf_counter() - started, **figures}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_paths(parser, params="params.yaml", model="models/em1", chunks="data/chunks/heldout")
+    parser.add_argument("--questions", type=Path, required=True, help="GSM8K's JSONL file")
+    parser.add_argument("--limit", type=int, default=64, help="number of questions")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--chunk-limit", type=int, default=100, help="number of chunks")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--random-model", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_paths(parser, params="params.yaml", model="models/em1", chunks="data/chunks/heldout")
-    parser.add_argument("--questions", type=Path, required=True, help="GSM8K's JSONL")
-    parser.add_argument("--limit", type=int, default=64, help="questions")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--chunk-limit", type=int, default=100)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--wide", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args()
     if args.side == "gsm8k_ours":
-        args.model = args.wide
-        print(json.dumps(ours(args)))
+        print(json.dumps(run_our_gsm8k(args)))
         return
     if args.side:
-        print(json.dumps(bound(args, alone=args.side == "elbo_alone")))
+        print(json.dumps(run_elbo(args, single_samples=args.side == "elbo_single_samples")))
         return
     best: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        model = wide(args.model, Path(place) / "model")
-        for turn in range(2):
-            for name in SIDES:
-                found = run(args, name, model, Path(place) / f"{name}-{turn}")
-                print(name, json.dumps(found), flush=True)
-                if name not in best or found["seconds"] < best[name]["seconds"]:
-                    best[name] = found
-    seconds = {name: found["seconds"] for name, found in best.items()}
-    speed = {name: best[name]["tokens"] / seconds[name] for name in SIDES[:2]}
-    facts = {
+    with tempfile.TemporaryDirectory() as folder:
+        random_model = make_random_model(args.model, Path(folder) / "model")
+        for repetition in range(2):
+            for side in SIDES:
+                figures: dict[str, Any] = run_side(
+                    args, side, random_model, Path(folder) / f"{side}-{repetition}"
+                )
+                print(side, json.dumps(figures), flush=True)
+                if side not in best or figures["seconds"] < best[side]["seconds"]:
+                    best[side] = figures
+    seconds = {side: figures["seconds"] for side, figures in best.items()}
+    result = {
         "cores": os.cpu_count(),
-        **{f"seconds_{name}": taken for name, taken in seconds.items()},
-        **{f"tokens_per_second_{name}": value for name, value in speed.items()},
+        **{f"seconds_{side}": value for side, value in seconds.items()},
+        **{f"tokens_per_second_{side}": best[side]["tokens"] / seconds[side] for side in SIDES[:2]},
         "ratio_gsm8k_vs_lm_eval": seconds["gsm8k_lm_eval"] / seconds["gsm8k_ours"],
-        "ratio_elbo_vs_alone": seconds["elbo_alone"] / seconds["elbo_ours"],
+        "ratio_elbo_vs_single_samples": seconds["elbo_single_samples"] / seconds["elbo_ours"],
     }
-    print(json.dumps(facts))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seconds and memory of the E-step as the corpus grows.
+"""Time and memory of the E-step as the corpus grows.
 
     python benchmarks/growth.py --documents 300 3000 30000
 
-Each size is a process of its own: split, then the stage `latents`, with the laptop's params and
-model. Seconds are those of drawing and scoring; memory is the peak of the process beyond its peak
-when the model had drawn for a first shard, in MiB.
+Each size runs in its own process: `split`, then `latents`, with the params and the model of the
+laptop run. Time is that of sampling and scoring; memory is the increase of the process's peak over
+its peak after a first shard, in MiB.
 """
 
 import argparse
@@ -20,43 +20,58 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
-from boltlm.corpus.chunks import Chunker, Chunking  # noqa: E402
-from boltlm.corpus.split import split  # noqa: E402
-from boltlm.params import build, load, section  # noqa: E402
-from boltlm.records import shards as shard_files  # noqa: E402
-from boltlm.sampling import shards  # noqa: E402
-from boltlm.tokens import TextCoder, most_chunk_tokens  # noqa: E402
+from boltlm.corpus.chunks import Chunker  # noqa: E402
+from boltlm.corpus.split import SplitSettings, split_corpora  # noqa: E402
+from boltlm.estep.config import EStepSettings  # noqa: E402
+from boltlm.estep.run import run_estep  # noqa: E402
+from boltlm.estep.shard_worker import ShardTask, ShardWorker  # noqa: E402
+from boltlm.params import build_settings, load  # noqa: E402
+from boltlm.records import shard_paths  # noqa: E402
+from boltlm.tokens import TextCoder, chunk_token_budget  # noqa: E402
 
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def one(args: argparse.Namespace) -> dict[str, Any]:
-    """One size, in this process."""
-    params = load(args.params)
-    params["corpora"] = {"em": {"documents": args.documents[0], "source": {}}}
+def read_settings(path: Path, documents: int) -> tuple[SplitSettings, EStepSettings]:
+    """The settings of the two stages for a corpus of this size, in one process."""
+    params = load(path)
+    params["corpora"] = {
+        "em": {"documents": documents, "source": {}},
+        "heldout": params["corpora"]["heldout"] | {"documents": 1},
+    }
+    params["evaluate"] |= {"corpus": "heldout", "extra_corpora": []}
+    params["latents"] = {"em1": params["latents"]["em1"] | {"corpus": "em"}}
     params["questions"]["count"] = 0
-    params["sampling"] |= {"engine": "local", "workers": 1}
+    params["sampling"] |= {"executor": "local", "workers": 1}
+    settings = build_settings(SplitSettings, params)
+    return settings, build_settings(EStepSettings, params, name="em1")
+
+
+def measure_size(args: argparse.Namespace) -> dict[str, Any]:
+    """One size, in this process."""
+    split_settings, settings = read_settings(args.params, args.documents[0])
     coder = TextCoder(args.model)
-    most = most_chunk_tokens(coder.window, section(params, "max_latent_tokens"))
-    chunker = Chunker(build(Chunking, params["chunks"], "chunks"), coder, most, params["seed"])
+    token_budget = chunk_token_budget(coder.context_length, settings.max_latent_tokens)
+    chunker = Chunker(split_settings.chunks, coder, token_budget, settings.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        split(params, chunker, folder / "split", folder / "chunks")
-        task = shards.Task(
-            params=params,
-            name="em1",
+        split_corpora(
+            split_settings, chunker, split_dir=folder / "split", chunks_dir=folder / "chunks"
+        )
+        task = ShardTask(
+            settings=settings,
+            purpose="em1",
             model=args.model,
             chunks=folder / "chunks" / "em",
-            folder=folder / "warm",
-            draws=section(params, "k_samples"),
+            folder=folder / "first",
+            num_samples=settings.k_samples,
         )
-        shards.Maker(task)(shard_files(task.chunks)[0].name)
-        before, started = peak_mib(), time.perf_counter()
-        measured = shards.run(
-            params,
-            "em1",
+        ShardWorker(task)(shard_paths(task.chunks)[0].name)
+        first_peak, start = peak_mib(), time.perf_counter()
+        metrics, timing = run_estep(
+            settings,
             model=args.model,
             split=folder / "split" / "em",
             chunks=task.chunks,
@@ -64,13 +79,13 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
             out=folder / "out",
             histogram_path=folder / "histogram.csv",
         )
-        whole = time.perf_counter() - started
+        seconds = time.perf_counter() - start
     return {
         "documents": args.documents[0],
-        "chunks": measured["chunks"],
-        "ms_per_chunk": 1000 * measured["seconds"] / measured["chunks"],
-        "ms_per_chunk_with_tables": 1000 * whole / measured["chunks"],
-        "grown_mib": peak_mib() - before,
+        "chunks": metrics["chunks"],
+        "ms_per_chunk": 1000 * timing["seconds"] / metrics["chunks"],
+        "ms_per_chunk_with_tables": 1000 * seconds / metrics["chunks"],
+        "grown_mib": peak_mib() - first_peak,
     }
 
 
@@ -81,18 +96,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "em1")
     args = parser.parse_args()
     if len(args.documents) == 1:
-        print(json.dumps(one(args)))
+        print(json.dumps(measure_size(args)))
         return
-    found: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
     for documents in args.documents:
         command = [sys.executable, __file__, "--documents", str(documents)]
         command += ["--params", str(args.params), "--model", str(args.model)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(json.dumps(found[-1]), flush=True)
-    first, last = found[0], found[-1]
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        sizes.append(json.loads(process.stdout.splitlines()[-1]))
+        print(json.dumps(sizes[-1]), flush=True)
+    first, last = sizes[0], sizes[-1]
     facts = {
-        "sizes": found,
+        "sizes": sizes,
         "ratio_time_per_chunk": first["ms_per_chunk"] / last["ms_per_chunk"],
         "grown_mib": last["grown_mib"],
     }

@@ -1,13 +1,13 @@
-"""Tokens a second and memory from texts to packed training rows, at 1, 10 and 100 times the data.
+"""Throughput and memory of packing texts into training sequences, at 1, 10 and 100 times the data.
 
     python benchmarks/pack.py --model models/base      # generated pages, 30 a document
-    python benchmarks/pack.py --corpus my.jsonl.gz     # or texts of one's own, again and again
+    python benchmarks/pack.py --corpus my.jsonl.gz     # or other texts, repeated as often as needed
 
-`ours`: texts are encoded, stored, shuffled and written as rows. `tokenizer`: the tokenizer's own
-batch call on the same texts in the same batches, its ids taken and thrown away. `documents`: the
-further step from stored chunks with latents to rows, a corpus's data/chunks and data/latents.
-Sizes take turns in processes of their own; memory is what a process's own pages grew by at most
-(mapped files, which the system may drop, not counted).
+`ours`: texts are tokenized, stored, shuffled and packed. `tokenizer`: the tokenizer's own batch
+call on the same texts in the same batches; its ids are discarded. `documents`: from stored chunks
+with latents (data/chunks, data/latents) to training sequences, without tokenizing. Each side runs
+at each size in a process of its own. Memory is the maximum growth of a process's anonymous memory;
+mapped files, which the operating system can evict, do not count.
 """
 
 import argparse
@@ -27,39 +27,39 @@ sys.path[:0] = [str(ROOT / "src")]
 
 from sides import add_paths, measured  # noqa: E402
 
-from boltlm.corpus import generated, sources  # noqa: E402
-from boltlm.params import load  # noqa: E402
+from boltlm.corpus.generated import GeneratedSource, generate_documents  # noqa: E402
+from boltlm.params import build, load  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
-from boltlm.sequences.layouts import Format  # noqa: E402
-from boltlm.sequences.packing import Source, Writer  # noqa: E402
-from boltlm.sequences.store import BATCH_TEXTS, Text  # noqa: E402
+from boltlm.sequences.layouts import SequenceFormat  # noqa: E402
+from boltlm.sequences.packing import SequenceFormatter, SequenceSource  # noqa: E402
+from boltlm.sequences.store import BATCH_TEXTS, TokenizedDocument  # noqa: E402
 from boltlm.tokens import TextCoder  # noqa: E402
 
 SIDES = ("tokenizer", "ours", "documents")
 SIZES = (1, 10, 100)
-PAGES = 30  # of a generated document
+PAGES = 30  # pages of a generated document
 
 
-def texts(args: argparse.Namespace, count: int) -> Iterator[str]:
-    """So many documents; what there is comes again and again."""
+def read_texts(args: argparse.Namespace, count: int) -> Iterator[str]:
+    """`count` texts; the corpus is repeated as often as needed."""
     if args.corpus is not None:
         with gzip.open(args.corpus, "rt", encoding="utf-8") as file:
-            found = [json.loads(line)["text"] for line in itertools.islice(file, args.documents)]
+            texts = [json.loads(line)["text"] for line in itertools.islice(file, args.documents)]
     else:
-        source = sources.resolve(load(args.params), {"pages": "primer"}, "benchmark")
-        assert isinstance(source, generated.Generated)
-        pages = (document.text for document in generated.documents(source, seed=1))
-        found = [" ".join(itertools.islice(pages, PAGES)) for _ in range(args.documents)]
-    return itertools.islice(itertools.cycle(found), count)
+        values = load(args.params)["corpus"] | {"pages": "primer"}
+        source = build(GeneratedSource, values, "corpus")
+        pages = (document.text for document in generate_documents(source, seed=1))
+        texts = [" ".join(itertools.islice(pages, PAGES)) for _ in range(args.documents)]
+    return itertools.islice(itertools.cycle(texts), count)
 
 
-class Memory:
-    """The most that the process's own pages grew by, MiB, looked at every 10 ms."""
+class MemoryMonitor:
+    """The maximum growth of the process's anonymous memory, MiB, sampled every 10 ms."""
 
-    def __enter__(self) -> "Memory":
-        self.before = self.most = self._now()
+    def __enter__(self) -> "MemoryMonitor":
+        self.initial = self.maximum = self._read()
         self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
+        self.thread = threading.Thread(target=self._sample)
         self.thread.start()
         return self
 
@@ -67,66 +67,88 @@ class Memory:
         self.ended.set()
         self.thread.join()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self.ended.wait(0.01):
-            self.most = max(self.most, self._now())
+            self.maximum = max(self.maximum, self._read())
 
-    def _now(self) -> float:
+    def _read(self) -> float:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) / 1024
 
     @property
-    def grown(self) -> float:
-        return self.most - self.before
+    def growth(self) -> float:
+        return self.maximum - self.initial
 
 
-def tokenizer(coder: TextCoder, given: Iterator[str]) -> int:
-    count = 0
-    while batch := list(itertools.islice(given, BATCH_TEXTS)):
-        encoded = coder.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        count += sum(len(one.ids) for one in encoded)
-    return count
+def tokenize_only(coder: TextCoder, texts: Iterator[str]) -> int:
+    """The number of tokens that the tokenizer's own batch call returns."""
+    num_tokens = 0
+    while batch := list(itertools.islice(texts, BATCH_TEXTS)):
+        encodings = coder.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        num_tokens += sum(len(encoding.ids) for encoding in encodings)
+    return num_tokens
 
 
-def pack(coder: TextCoder, documents: Iterator[Text], form: Format, folder: Path) -> int:
-    writer = Writer(
-        markers=coder.markers, form=form, layout="chunk", context_chunks=3, room=400, seed=1
-    )
-    main = store.write(folder / "documents", documents)
-    rows = packing.pack(
-        lambda _: [Source(main, writer)],
-        folder,
-        length=256,
+def pack(
+    coder: TextCoder,
+    documents: Iterator[TokenizedDocument],
+    sequence_format: SequenceFormat,
+    folder: Path,
+) -> int:
+    """Pack one epoch of the documents and read a batch; the number of tokens packed."""
+    formatter = SequenceFormatter(
+        special_tokens=coder.special_tokens,
+        sequence_format=sequence_format,
+        layout="chunk",
+        context_chunks=3,
+        token_budget=400,
         seed=1,
-        vocabulary=coder.tokenizer.get_vocab_size(),
+    )
+    stored = store.write_documents(folder / "documents", documents)
+    dataset = packing.pack_sequences(
+        lambda _: [SequenceSource(stored, formatter)],
+        folder,
+        sequence_length=256,
+        seed=1,
+        vocab_size=coder.tokenizer.get_vocab_size(),
         epochs=1,
         tokens=None,
     )
-    rows.batch(len(rows) // 16, 8)
-    return len(rows.tokens)
+    dataset.batch(len(dataset) // 16, 8)
+    return len(dataset.tokens)
 
 
-def side(args: argparse.Namespace) -> dict[str, float]:
+def measure_side(args: argparse.Namespace) -> dict[str, float]:
     coder = TextCoder(args.model)
-    given = texts(args, args.documents * args.size)
-    next(given)  # what is made once is made
-    with tempfile.TemporaryDirectory() as name, Memory() as memory:
+    texts = read_texts(args, args.documents * args.size)
+    next(texts)  # generates or reads the corpus before the clock starts
+    with tempfile.TemporaryDirectory() as name, MemoryMonitor() as memory:
         started = time.perf_counter()
         if args.side == "tokenizer":
-            count = tokenizer(coder, given)
+            num_tokens = tokenize_only(coder, texts)
         elif args.side == "ours":
-            named = ((f"d{place}", text) for place, text in enumerate(given))
-            count = pack(coder, store.encoded(named, coder), "raw", Path(name))
+            numbered = ((f"d{index}", text) for index, text in enumerate(texts))
+            num_tokens = pack(coder, store.tokenize_texts(numbered, coder), "raw", Path(name))
         else:
-            again = (t for _ in range(args.size) for t in store.texts(args.chunks, args.data))
-            count = pack(coder, again, "latent", Path(name))
+            repeated = (
+                document
+                for _ in range(args.size)
+                for document in store.read_tokenized(args.chunks, args.data)
+            )
+            num_tokens = pack(coder, repeated, "latent", Path(name))
         seconds = time.perf_counter() - started
-    return {"tokens": count, "tokens_per_second": count / seconds, "grown_mib": memory.grown}
+    return {
+        "tokens": num_tokens,
+        "tokens_per_second": num_tokens / seconds,
+        "memory_growth_mib": memory.growth,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_paths(
         parser,
         params="params.yaml",
@@ -134,26 +156,26 @@ def main() -> None:
         chunks="data/chunks/em",
         data="data/latents/em1",
     )
-    parser.add_argument("--corpus", type=Path, default=None, help="JSONL.gz with the column text")
-    parser.add_argument("--documents", type=int, default=1000, help="at the size 1")
+    parser.add_argument("--corpus", type=Path, default=None, help="JSONL.gz with a column text")
+    parser.add_argument("--documents", type=int, default=1000, help="documents at size 1")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(side(args)))
+        print(json.dumps(measure_side(args)))
         return
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    results: dict[tuple[str, int], dict[str, float]] = {}
     for size, name in itertools.product(SIZES, SIDES):
-        found[name, size] = measured("--side", name, "--size", str(size))
-        print(name, size, json.dumps(found[name, size]), flush=True)
-    speeds = {key: facts["tokens_per_second"] for key, facts in found.items()}
-    facts = {"cores": os.cpu_count()}
-    for name, size in found:
-        facts[f"tokens_per_second_{name}_{size}"] = speeds[name, size]
-        facts[f"grown_mib_{name}_{size}"] = found[name, size]["grown_mib"]
+        results[name, size] = measured("--side", name, "--size", str(size))
+        print(name, size, json.dumps(results[name, size]), flush=True)
+    speeds = {key: result["tokens_per_second"] for key, result in results.items()}
+    summary: dict[str, float | None] = {"cores": os.cpu_count()}
+    for (name, size), result in results.items():
+        summary[f"tokens_per_second_{name}_{size}"] = result["tokens_per_second"]
+        summary[f"memory_growth_mib_{name}_{size}"] = result["memory_growth_mib"]
     for size in SIZES:
-        facts[f"ratio_vs_tokenizer_{size}"] = speeds["ours", size] / speeds["tokenizer", size]
-    print(json.dumps(facts))
+        summary[f"ratio_vs_tokenizer_{size}"] = speeds["ours", size] / speeds["tokenizer", size]
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sides of a benchmark: each is the benchmark's own program again, in a process of its own."""
+"""Runs each side of a benchmark, the program and what it is compared with, in its own process."""
 
 import argparse
 import json
@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 def add_paths(parser: argparse.ArgumentParser, **defaults: str) -> None:
-    """A flag for each path that the sides read."""
+    """Add a flag with a default for each path that the sides read."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=Path, default=Path(default))
 
 
 def measured(*arguments: str) -> dict[str, float]:
-    """What a side prints as its last line, given these arguments before the program's own."""
+    """Run this benchmark's program again with `arguments` before its own arguments, and return the
+    JSON that it prints as its last line."""
     command = [sys.executable, sys.argv[0], *arguments, *sys.argv[1:]]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.splitlines()[-1])

@@ -1,10 +1,10 @@
-"""Requests a second and memory of the stage `teacher` over chat completions.
+"""Measures the speed and memory of the stage `teacher` with chat completions.
 
     python benchmarks/teacher.py --requests 10000 --concurrency 64
 
-Against `asyncio.gather` over the same client, the same requests and the same test server on this
-machine, as many under way at once; it keeps nothing on the disk and all answers in memory. Each
-side is a process of its own, in turns. Memory is the peak of the process, in MiB.
+The baseline is `asyncio.gather` over the same client, requests and concurrency; it saves nothing
+and holds all responses in memory. Both use a mock server on this machine, and each runs in a
+process of its own, one after the other. Memory is the peak of the process, in MiB.
 """
 
 import argparse
@@ -22,79 +22,84 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from boltlm.latents.teachers import teacher  # noqa: E402
-from tests.latents.house import House, Server  # noqa: E402
-from tests.latents.server import KEY  # noqa: E402
+from boltlm.teachers.config import OpenAIChatConfig  # noqa: E402
+from tests.teachers.server import KEY  # noqa: E402
+from tests.teachers.stage_harness import ServerProcess, TeacherStage  # noqa: E402
 
-ROUNDS, NEW_CHUNKS = 3, 5  # a page; of its six chunks all but the first are like no other page's
+# A document of three rounds has six chunks; all but the first differ from those of any other one.
+ROUNDS, UNIQUE_CHUNKS = 3, 5
+VARIANTS = ("gather", "stage")
 
 
-def gather(house: House, concurrency: int) -> int:
-    """The plain way: every request a task, a semaphore, all answers in a list."""
+def run_gather(stage: TeacherStage, concurrency: int) -> int:
+    """The baseline: every request is a task, a semaphore limits them. Returns their number."""
     import openai
 
-    config: Any = teacher(house.params, "t")
+    config = stage.config
+    assert isinstance(config, OpenAIChatConfig)
 
-    async def run() -> int:
+    async def send_all() -> int:
         client = openai.AsyncOpenAI(api_key=KEY, base_url=config.base_url)
-        gate = asyncio.Semaphore(concurrency)
+        semaphore = asyncio.Semaphore(concurrency)
 
-        async def one(body: dict[str, Any]) -> str | None:
-            async with gate:
-                found = await client.chat.completions.create(**body)
-            return found.choices[0].message.content
+        async def send(body: dict[str, Any]) -> str | None:
+            async with semaphore:
+                completion = await client.chat.completions.create(**body)
+            return completion.choices[0].message.content
 
-        requests = {request.key: request for request in house.requests()}
-        answers = await asyncio.gather(*(one(config.body(r)) for r in requests.values()))
-        return len(answers)
+        requests = {request.key: request for request in stage.requests()}
+        bodies = [config.request_body(request) for request in requests.values()]
+        return len(await asyncio.gather(*map(send, bodies)))
 
-    return asyncio.run(run())
+    return asyncio.run(send_all())
 
 
-def side(args: argparse.Namespace) -> None:
-    """One side, in this process: its JSON line."""
-    documents = args.requests // NEW_CHUNKS
-    house = House(args.folder, args.base, documents=documents, rounds=ROUNDS)
+def run_variant(args: argparse.Namespace) -> None:
+    """Run one variant in this process and print its measurements as a line of JSON."""
+    documents = args.requests // UNIQUE_CHUNKS
+    stage = TeacherStage(args.folder, args.base, documents=documents, rounds=ROUNDS)
     changes = {"concurrency": args.concurrency, "max_cost_usd": 1e6}
-    house.teach("openai", None, base_url=args.url, **changes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    count = (
-        int(house.write()["answers"]) if args.side == "ours" else gather(house, args.concurrency)
-    )
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stage.configure("openai", None, base_url=args.url, **changes)
+    start_mib = peak_memory_mib()
+    start = time.perf_counter()
+    if args.variant == "stage":
+        count = int(stage.run_in_process()["answers"])
+    else:
+        count = run_gather(stage, args.concurrency)
+    seconds = time.perf_counter() - start
     facts = {
         "requests": count,
         "seconds": seconds,
         "requests_per_second": count / seconds,
-        "peak_mib": peak / 1024,
-        "before_mib": before / 1024,
+        "peak_mib": peak_memory_mib(),
+        "start_mib": start_mib,
     }
     print(json.dumps(facts))
 
 
-def base(folder: Path) -> Path:
-    """A tokenizer's folder for the chunks; the model plays no part here."""
-    from boltlm.model.base import without_phantom_space
+def peak_memory_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def create_tokenizer(folder: Path) -> Path:
+    """A tokenizer for the chunks; no model is needed."""
+    from boltlm.training.tokenizer import remove_leading_space
     from tests import tiny
 
     folder.mkdir(parents=True)
     tokenizer = tiny.byte_level()
-    without_phantom_space(tokenizer)
+    remove_leading_space(tokenizer)
     return tiny.coder_folder(tokenizer, folder)
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one side against a fresh server."""
-    state = folder / f"{name}-server"
-    state.mkdir()
-    server = Server(state).start()
-    command = [sys.executable, __file__, "--side", name, "--url", server.url]
-    command += ["--folder", str(folder / name), "--base", str(folder / "base")]
+def measure(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one variant in a new process against a new server."""
+    server = ServerProcess(folder / f"{variant}-server").start()
+    command = [sys.executable, __file__, "--variant", variant, "--url", server.url]
+    command += ["--folder", str(folder / variant), "--base", str(folder / "base")]
     command += ["--requests", str(args.requests), "--concurrency", str(args.concurrency)]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             check=True,
             stdout=subprocess.PIPE,
@@ -103,8 +108,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         )
     finally:
         server.stop()
-    facts = json.loads(done.stdout.splitlines()[-1])
-    print(name, facts, flush=True)
+    facts = json.loads(process.stdout.splitlines()[-1])
+    print(variant, facts, flush=True)
     return facts
 
 
@@ -112,29 +117,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--side", choices=("ours", "gather"), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     for flag in ("--folder", "--base"):
         parser.add_argument(flag, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        side(args)
+    if args.variant:
+        run_variant(args)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base(folder / "base")
-        found = {name: measure(name, args, folder) for name in ("gather", "ours")}
-    ours, plain = found["ours"], found["gather"]
+        create_tokenizer(folder / "base")
+        gather, stage = (measure(variant, args, folder) for variant in VARIANTS)
     facts = {
-        "requests": ours["requests"],
+        "requests": stage["requests"],
         "concurrency": args.concurrency,
-        "requests_per_second": ours["requests_per_second"],
-        "requests_per_second_gather": plain["requests_per_second"],
-        "ratio_vs_gather": ours["requests_per_second"] / plain["requests_per_second"],
-        "peak_mib": ours["peak_mib"],
-        "peak_mib_gather": plain["peak_mib"],
-        "grown_mib": ours["peak_mib"] - ours["before_mib"],
-        "grown_mib_gather": plain["peak_mib"] - plain["before_mib"],
+        "requests_per_second": stage["requests_per_second"],
+        "requests_per_second_gather": gather["requests_per_second"],
+        "ratio_vs_gather": stage["requests_per_second"] / gather["requests_per_second"],
+        "peak_mib": stage["peak_mib"],
+        "peak_mib_gather": gather["peak_mib"],
+        "added_mib": stage["peak_mib"] - stage["start_mib"],
+        "added_mib_gather": gather["peak_mib"] - gather["start_mib"],
     }
     print(json.dumps(facts))
 

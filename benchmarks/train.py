@@ -1,13 +1,13 @@
-"""Tokens a second of training, against transformers' Trainer and a minimal PyTorch loop.
+"""Training throughput compared with transformers' Trainer and with a minimal PyTorch loop.
 
     python benchmarks/train.py --model models/base --chunks data/chunks/em --data data/latents/em1
 
-The same model, packed rows, order of magnitude of steps, optimiser (AdamW) and precision for all:
-`ours`: the stage's loop with its log and checkpoints; `trainer`: Trainer with its defaults;
-`minimal_loop`: twenty lines written out here. Each side is a process of its own; sides take turns,
-and the best of the rounds counts, without the loading. The share of the measured matrix product
-(`utilisation`) and the peak memory are told beside. On a GPU: --random 1.1b for a Llama of that
-size with random weights, rows of 2048.
+All sides have the same model, packed sequences, number of steps, optimizer (AdamW) and precision.
+`ours`: the training loop of the stages with its log and checkpoints. `trainer`: Trainer with its
+defaults. `minimal_loop`: the twenty lines of that function. Each side runs in a process of its own;
+the sides alternate, and the best round of each counts, loading excluded. The MFU (with respect to
+the measured speed of a matrix product) and the peak memory are printed too. On a GPU, use
+`--random 1.1b`: a Llama of that size with random weights and sequences of 2048 tokens.
 """
 
 import argparse
@@ -27,161 +27,185 @@ sys.path[:0] = [str(ROOT / "src")]
 
 from sides import add_paths, measured  # noqa: E402
 
-from boltlm.model import checkpoint, flops  # noqa: E402
-from boltlm.model.resume import Checkpoints  # noqa: E402
-from boltlm.model.settings import TrainConfig  # noqa: E402
-from boltlm.model.training import train  # noqa: E402
+from boltlm import checkpoint  # noqa: E402
 from boltlm.params import build, load  # noqa: E402
 from boltlm.seeds import generator  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
-from boltlm.sequences.packing import Rows, Source, Writer  # noqa: E402
+from boltlm.sequences.packing import PackedDataset, SequenceFormatter, SequenceSource  # noqa: E402
 from boltlm.tokens import TextCoder  # noqa: E402
+from boltlm.training import flops  # noqa: E402
+from boltlm.training.checkpointing import CheckpointManager  # noqa: E402
+from boltlm.training.config import TrainConfig  # noqa: E402
+from boltlm.training.trainer import train_model  # noqa: E402
 
 SIDES = ("ours", "trainer", "minimal_loop")
-RANDOM = {  # width, layers, heads, key-value heads, feed-forward, vocabulary, window
-    "1.1b": (2048, 22, 32, 4, 5632, 32004, 2048),
-    "small": (512, 8, 8, 8, 1408, 8192, 512),
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
+    "1.1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 5632,
+        "vocab_size": 32004,
+        "max_position_embeddings": 2048,
+    },
+    "small": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "intermediate_size": 1408,
+        "vocab_size": 8192,
+        "max_position_embeddings": 512,
+    },
 }
 
 
-def config(args: argparse.Namespace) -> TrainConfig:
-    section = load(args.params)["train"]
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The section `train` of params.yaml with AdamW and the values of the flags."""
     changes = {
         "optimizer": "adamw",
         "precision": args.precision,
-        "batch_rows": args.batch_rows,
+        "batch_size": args.batch_size,
         "compile": args.compile,
         "activation_checkpointing": args.activation_checkpointing,
-        "micro_rows": args.micro_rows,
+        "micro_batch_size": args.micro_batch_size,
     }
-    return build(TrainConfig, {**section, **changes}, "train")
+    return build(TrainConfig, {**load(args.params)["train"], **changes}, "train")
 
 
-def model_of(args: argparse.Namespace) -> Any:
+def load_model(args: argparse.Namespace) -> Any:
     if args.random is None:
-        return checkpoint.load(args.model)
+        return checkpoint.load_model(args.model)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    width, layers, heads, kv_heads, feed_forward, vocabulary, window = RANDOM[args.random]
     torch.manual_seed(1)
-    settings = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=feed_forward,
-        vocab_size=vocabulary,
-        max_position_embeddings=window,
-    )
-    with checkpoint.device():
-        return LlamaForCausalLM(settings)
+    with checkpoint.default_device():
+        return LlamaForCausalLM(LlamaConfig(**RANDOM_MODELS[args.random]))
 
 
-def rows_of(args: argparse.Namespace, folder: Path, vocabulary: int) -> Rows:
-    count = args.steps * args.batch_rows
+def make_dataset(args: argparse.Namespace, folder: Path, vocab_size: int) -> PackedDataset:
+    num_sequences = args.steps * args.batch_size
     if args.random is not None:
-        length = RANDOM[args.random][-1]
-        tokens = np.random.default_rng(1).integers(0, vocabulary, count * length + 1)
-        return Rows(tokens.astype(np.uint16), length, np.arange(count), "random")
+        length = RANDOM_MODELS[args.random]["max_position_embeddings"]
+        tokens = np.random.default_rng(1).integers(0, vocab_size, num_sequences * length + 1)
+        return PackedDataset(tokens.astype(np.uint16), length, np.arange(num_sequences), "random")
     coder = TextCoder(args.model)
-    writer = Writer(
-        markers=coder.markers, form="latent", layout="chunk", context_chunks=3, room=400, seed=1
-    )
-    main = store.write(folder / "documents", store.texts(args.chunks, args.data))
-    return packing.pack(
-        lambda _: [Source(main, writer)],
-        folder,
-        length=args.length,
+    formatter = SequenceFormatter(
+        special_tokens=coder.special_tokens,
+        sequence_format="latent",
+        layout="chunk",
+        context_chunks=3,
+        token_budget=400,
         seed=1,
-        vocabulary=vocabulary,
+    )
+    documents = store.read_tokenized(args.chunks, args.data)
+    stored = store.write_documents(folder / "documents", documents)
+    return packing.pack_sequences(
+        lambda _: [SequenceSource(stored, formatter)],
+        folder,
+        sequence_length=args.sequence_length,
+        seed=1,
+        vocab_size=vocab_size,
         epochs=None,
-        tokens=count * args.length + 1,
+        tokens=num_sequences * args.sequence_length + 1,
     )
 
 
-def ours(model: Any, rows: Rows, settings: TrainConfig, folder: Path) -> None:
-    kept = Checkpoints(folder / "kept", settings.checkpoint_every, "ours")
-    train(model, rows, settings, seed=1, csv_path=folder / "a.csv", what="ours", kept=kept)
+def ours(model: Any, dataset: PackedDataset, config: TrainConfig, folder: Path) -> None:
+    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint_every, "ours")
+    train_model(
+        model,
+        dataset,
+        config,
+        seed=1,
+        csv_path=folder / "train.csv",
+        what="ours",
+        checkpoints=checkpoints,
+    )
 
 
-def trainer(model: Any, rows: Rows, settings: TrainConfig, folder: Path) -> None:
-    """What a user gets who writes nothing but the batch size, the rates and the precision."""
+def trainer(model: Any, dataset: PackedDataset, config: TrainConfig, folder: Path) -> None:
+    """Trainer for a user who sets only the batch size, the learning rate and the precision."""
     from transformers import Trainer, TrainingArguments
 
-    steps = len(rows) // settings.batch_rows
-    batches = [rows.batch(step, settings.batch_rows) for step in range(steps)]
-    inputs = np.concatenate([one for one, _ in batches])
-    dataset = [{"input_ids": row, "labels": row} for row in torch.from_numpy(inputs)]
+    steps = len(dataset) // config.batch_size
+    batches = [dataset.batch(step, config.batch_size) for step in range(steps)]
+    inputs_RL = np.concatenate([inputs for inputs, _ in batches])
+    examples = [{"input_ids": ids, "labels": ids} for ids in torch.from_numpy(inputs_RL)]
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=settings.batch_rows,
+        per_device_train_batch_size=config.batch_size,
         num_train_epochs=1,
-        learning_rate=settings.learning_rate,
-        bf16=settings.precision == "bfloat16",
+        learning_rate=config.learning_rate,
+        bf16=config.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=settings.activation_checkpointing,
-        torch_compile=settings.compile,
+        gradient_checkpointing=config.activation_checkpointing,
+        torch_compile=config.compile,
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model=model, args=arguments, train_dataset=dataset).train()  # pyright: ignore
+    Trainer(model=model, args=arguments, train_dataset=examples).train()  # pyright: ignore
 
 
-def minimal_loop(model: Any, rows: Rows, settings: TrainConfig, _: Path) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+def minimal_loop(model: Any, dataset: PackedDataset, config: TrainConfig, _: Path) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     model.train()
     device = model.device.type
-    order = generator(1, "minimal").permutation(len(rows) // settings.batch_rows)
+    order = generator(1, "minimal").permutation(len(dataset) // config.batch_size)
     for step in order:
-        inputs, labels = (
-            torch.from_numpy(x).to(device) for x in rows.batch(step, settings.batch_rows)
+        inputs_BL, labels_BL = (
+            torch.from_numpy(array).to(device) for array in dataset.batch(step, config.batch_size)
         )
-        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            logits = model(input_ids=inputs, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            logits_BLV = model(input_ids=inputs_BL, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits_BLV.flatten(0, 1).float(), labels_BL.flatten()
+            )
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def side(args: argparse.Namespace) -> dict[str, float]:
-    """One side, twice in one process: the first time warms up."""
+def measure_side(args: argparse.Namespace) -> dict[str, float]:
+    """Train one side twice in this process; three steps of warm-up and then the measured run."""
     if args.side == "ours":
-        checkpoint.prepare_cpu()
-    settings, device = config(args), checkpoint.device()
-    work = {"ours": ours, "trainer": trainer, "minimal_loop": minimal_loop}[args.side]
+        checkpoint.keep_freed_memory()
+    config, device = train_config(args), checkpoint.default_device()
+    train = {"ours": ours, "trainer": trainer, "minimal_loop": minimal_loop}[args.side]
     seconds = 0.0
     model: Any = None
-    for whole in (False, True):
+    for is_warm_up in (True, False):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            model = None  # the one before makes room
-            model = model_of(args)
-            rows = rows_of(args, folder, model.config.vocab_size)
-            if not whole:
-                few = 3 * args.batch_rows
-                rows = Rows(
-                    rows.tokens[: few * rows.length + 1], rows.length, np.arange(few), "few"
-                )
+            model = None  # frees the memory of the warm-up's model
+            model = load_model(args)
+            dataset = make_dataset(args, folder, model.config.vocab_size)
+            length = dataset.sequence_length
+            if is_warm_up:
+                count = 3 * args.batch_size
+                tokens = dataset.tokens[: count * length + 1]
+                dataset = PackedDataset(tokens, length, np.arange(count), "warm-up")
             started = time.perf_counter()
-            work(model, rows, settings, folder)
+            train(model, dataset, config, folder)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-    tokens = args.steps * args.batch_rows * rows.length
-    speed = tokens / seconds
-    peak = flops.peak(device, getattr(torch, args.precision))
+    tokens_per_second = args.steps * args.batch_size * length / seconds
+    peak = flops.peak_flops(device, getattr(torch, args.precision))
     return {
-        "tokens_per_second": speed,
-        "utilisation": speed * flops.per_token(model, rows.length) / peak,
-        "memory_mib": flops.memory_mib(device),
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * flops.flops_per_token(model, length) / peak,
+        "memory_mib": flops.peak_memory_mib(device),
         "peak_tflops": peak / 1e12,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_paths(
         parser,
         params="params.yaml",
@@ -189,38 +213,44 @@ def main() -> None:
         chunks="data/chunks/em",
         data="data/latents/em1",
     )
-    parser.add_argument("--random", choices=tuple(RANDOM), help="a Llama of that size")
+    parser.add_argument(
+        "--random", choices=tuple(RANDOM_MODELS), help="a Llama of this size with random weights"
+    )
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-rows", type=int, default=8)
-    parser.add_argument("--micro-rows", type=int, default=None)
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a step")
+    parser.add_argument("--micro-batch-size", type=int, default=None)
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if args.side:
-        print(json.dumps(side(args)))
+        print(json.dumps(measure_side(args)))
         return
     best: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
         for name in SIDES:
-            found = measured("--side", name)
-            print(name, json.dumps(found), flush=True)
-            if name not in best or found["tokens_per_second"] > best[name]["tokens_per_second"]:
-                best[name] = found
-    speed = {name: found["tokens_per_second"] for name, found in best.items()}
-    facts = {
+            result = measured("--side", name)
+            print(name, json.dumps(result), flush=True)
+            if name not in best or result["tokens_per_second"] > best[name]["tokens_per_second"]:
+                best[name] = result
+    speeds = {name: result["tokens_per_second"] for name, result in best.items()}
+    summary = {
         "cores": os.cpu_count(),
         "precision": args.precision,
-        **{f"tokens_per_second_{name}": value for name, value in speed.items()},
-        **{f"utilisation_{name}": found["utilisation"] for name, found in best.items()},
-        **{f"memory_mib_{name}": found["memory_mib"] for name, found in best.items()},
-        "ratio_vs_trainer": speed["ours"] / speed["trainer"],
-        "ratio_vs_minimal_loop": speed["ours"] / speed["minimal_loop"],
+        **{f"tokens_per_second_{name}": speed for name, speed in speeds.items()},
+        **{f"mfu_{name}": result["mfu"] for name, result in best.items()},
+        **{f"memory_mib_{name}": result["memory_mib"] for name, result in best.items()},
+        "ratio_vs_trainer": speeds["ours"] / speeds["trainer"],
+        "ratio_vs_minimal_loop": speeds["ours"] / speeds["minimal_loop"],
     }
-    print(json.dumps(facts))
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,36 @@
-"""Makes the base model and adds the four special tokens.
+"""Makes the base model: pretrains a small one or takes a checkpoint, and adds four special tokens.
 
-python stages/base.py --params params.yaml --work .work --out models/base \
-    --csv metrics/train/base.csv
+    python stages/base.py --params params.yaml --work .work --timings timings \
+        --out models/base --csv metrics/train/base.csv
 """
 
 import argparse
 from pathlib import Path
 
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.model import base
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.params import load_settings
+from boltlm.shard_store import repository_path
+from boltlm.timing import timing_path
+from boltlm.training.base import BaseSettings, run_base
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--params", "--work", "--out", "--csv"):
+    for flag in ("--params", "--work", "--timings", "--out", "--csv"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    base.make(load(args.params), work_root(args.work), args.out, args.csv)
+    run_base(
+        load_settings(BaseSettings, args.params),
+        work=repository_path(args.work),
+        out=args.out,
+        csv_path=args.csv,
+        timing_path=timing_path(repository_path(args.timings), "train", "base"),
+    )
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Measures a model: likelihood bounds, raw likelihood, and answers to questions.
+"""Evaluates a model: likelihood bounds, raw-text likelihood, and answers to questions.
 
     python stages/evaluate.py --params params.yaml --name em1 --model models/em1 \
         --split data/split --chunks data/chunks --work .work --out data/evaluate/em1 \
@@ -8,11 +8,12 @@
 import argparse
 from pathlib import Path
 
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.evaluation.measure import Places, measure
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.evaluation.config import EvaluateSettings
+from boltlm.evaluation.run import EvaluationPaths, evaluate_model
+from boltlm.params import load_settings
 from boltlm.records import write_json
+from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,9 +26,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    places = Places(args.model, args.split, args.chunks, work_root(args.work), args.out)
-    write_json(args.metrics, measure(load(args.params), args.name, places))
+    settings = load_settings(EvaluateSettings, args.params, name=args.name)
+    work = repository_path(args.work)
+    paths = EvaluationPaths(args.model, args.split, args.chunks, work, args.out)
+    write_json(args.metrics, evaluate_model(settings, paths))
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

@@ -1,14 +1,13 @@
-"""Draws the pictures of the whole experiment and writes the report with its numbers.
+"""Draws the figures of the whole experiment and writes the report with its numbers.
 
-    python stages/figures.py --params params.yaml --metrics metrics \
-        --out metrics/figures
+python stages/figures.py --params params.yaml --metrics metrics --out metrics/figures
 """
 
 import argparse
 from pathlib import Path
 
-from boltlm.errors import stage
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.params import load_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,10 +19,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from boltlm.figures.report import make  # brings matplotlib: not for --help
+    from boltlm.reporting.arms import ReportSettings
+    from boltlm.reporting.report import write_report  # imports matplotlib, which --help need not
 
-    make(load(args.params), metrics=args.metrics, out=args.out)
+    settings = load_settings(ReportSettings, args.params)
+    write_report(settings, metrics=args.metrics, out=args.out)
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Fine-tunes a model on questions with thoughts, and asks it held-out ones.
+"""Fine-tunes a model on questions with thoughts and evaluates it on held-out questions.
 
     python stages/finetune.py --params params.yaml --name em1 --model models/em1 \
         --split data/split --data data/split/warmstart --work .work --out data/finetune/em1 \
@@ -8,11 +8,12 @@
 import argparse
 from pathlib import Path
 
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.evaluation.finetune import Places, finetune
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.evaluation.finetune import FinetunePaths, run_finetuning
+from boltlm.evaluation.finetune_config import FinetuneSettings
+from boltlm.params import load_settings
 from boltlm.records import write_json
+from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,9 +26,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    places = Places(args.model, args.split, args.data, work_root(args.work), args.out)
-    write_json(args.metrics, finetune(load(args.params), args.name, places))
+    settings = load_settings(FinetuneSettings, args.params, name=args.name)
+    work = repository_path(args.work)
+    paths = FinetunePaths(args.model, args.split, args.data, work, args.out)
+    write_json(args.metrics, run_finetuning(settings, paths))
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

@@ -1,44 +1,49 @@
 """Draws, weighs and selects latents for each chunk of a corpus: the E-step.
 
     python stages/latents.py --params params.yaml --name em1 --model models/warmstart \
-        --split data/split/em --chunks data/chunks/em --work .work --out data/latents/em1 \
-        --metrics metrics/latents/em1.json --histogram metrics/latents/em1.csv
+        --split data/split/em --chunks data/chunks/em --work .work --timings timings \
+        --out data/latents/em1 --metrics metrics/latents/em1.json \
+        --histogram metrics/latents/em1.csv
 """
 
 import argparse
 from pathlib import Path
 
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.estep.config import EStepSettings
+from boltlm.estep.run import run_estep
+from boltlm.params import load_settings
 from boltlm.records import write_json
-from boltlm.sampling.shards import run
+from boltlm.shard_store import repository_path
+from boltlm.timing import timing_path, write_timing
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--model", "--split", "--chunks", "--work", "--out"):
-        parser.add_argument(flag, type=Path, required=True)
-    for flag in ("--metrics", "--histogram"):
-        parser.add_argument(flag, type=Path, required=True)
+    for flag in ("params", "model", "split", "chunks", "work", "timings"):
+        parser.add_argument(f"--{flag}", type=Path, required=True)
+    for flag in ("out", "metrics", "histogram"):
+        parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    measured = run(
-        load(args.params),
-        args.name,
+    metrics, timing = run_estep(
+        load_settings(EStepSettings, args.params, name=args.name),
         model=args.model,
         split=args.split,
         chunks=args.chunks,
-        work=work_root(args.work),
+        work=repository_path(args.work),
         out=args.out,
         histogram_path=args.histogram,
     )
-    write_json(args.metrics, measured)
+    write_json(args.metrics, metrics)
+    if timing:
+        path = timing_path(repository_path(args.timings), "latents", args.name)
+        write_timing(path, args.metrics, [timing])
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

@@ -1,6 +1,6 @@
-"""Cuts the sources into corpora of documents, chunks of token ids, and held-out questions.
+"""Splits the sources into corpora: documents, their chunks as token ids, and held-out questions.
 
-What the training corpora share with evaluation sets is in the metrics.
+The metrics count what the training corpora share with the evaluation sets.
 
     python stages/split.py --params params.yaml --base models/base --split data/split \
         --chunks data/chunks --metrics metrics/split.json
@@ -9,12 +9,12 @@ What the training corpora share with evaluation sets is in the metrics.
 import argparse
 from pathlib import Path
 
-from boltlm.corpus.chunks import Chunker, Chunking
-from boltlm.corpus.split import split
-from boltlm.errors import stage
-from boltlm.params import build, load, section
+from boltlm.corpus.chunks import Chunker
+from boltlm.corpus.split import SplitSettings, split_corpora
+from boltlm.errors import run_main
+from boltlm.params import load_settings
 from boltlm.records import write_json
-from boltlm.tokens import TextCoder, most_chunk_tokens
+from boltlm.tokens import TextCoder, chunk_token_budget
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,16 +26,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    params = load(args.params)
+    settings = load_settings(SplitSettings, args.params)
     coder = TextCoder(args.base)
-    chunker = Chunker(
-        build(Chunking, section(params, "chunks"), "chunks"),
-        coder,
-        most_chunk_tokens(coder.window, section(params, "max_latent_tokens")),
-        section(params, "seed"),
-    )
-    write_json(args.metrics, split(params, chunker, args.split, args.chunks))
+    budget = chunk_token_budget(coder.context_length, settings.max_latent_tokens)
+    chunker = Chunker(settings.chunks, coder, budget, settings.seed)
+    counts = split_corpora(settings, chunker, split_dir=args.split, chunks_dir=args.chunks)
+    write_json(args.metrics, counts)
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

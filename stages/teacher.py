@@ -1,46 +1,46 @@
-"""Writes what a teacher says about each chunk of a corpus.
+"""Has a teacher write latents for the chunks of a corpus, or paraphrases of its documents.
 
     python stages/teacher.py --params params.yaml --name warmstart --base models/base \
         --split data/split/warmstart --chunks data/chunks/warmstart \
-        --journal journal/answers.sqlite --out data/teacher/warmstart \
+        --cache response_cache/responses.sqlite --out data/teacher/warmstart \
         --metrics metrics/teacher/warmstart.json
 
-The journal keeps every answer of a teacher that is asked; it lies in the real repository also when
-DVC runs a queued experiment in a copy.
+Every response of a teacher is saved in the response cache, which belongs to the repository itself
+also when DVC runs a queued experiment in a copy of it.
 """
 
 import argparse
 from pathlib import Path
 
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.latents.teachers import write
-from boltlm.params import load
+from boltlm.errors import run_main
+from boltlm.params import load_settings
 from boltlm.records import write_json
+from boltlm.shard_store import repository_path
+from boltlm.teachers.config import TeacherSettings
+from boltlm.teachers.run import run_teacher
 from boltlm.tokens import TextCoder
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--base", "--split", "--chunks", "--journal", "--out", "--metrics"):
+    for flag in ("--params", "--base", "--split", "--chunks", "--cache", "--out", "--metrics"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    counts = write(
-        load(args.params),
-        args.name,
+    counts = run_teacher(
+        load_settings(TeacherSettings, args.params, name=args.name),
         TextCoder(args.base),
         split=args.split,
         chunks=args.chunks,
         out=args.out,
-        journal=work_root(args.journal),
+        cache=repository_path(args.cache),
     )
     write_json(args.metrics, counts)
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

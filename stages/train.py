@@ -1,60 +1,59 @@
-"""Trains a model on a corpus, with latents, raw, or paraphrased.
+"""Trains a model on a corpus with latents, on raw text, or on paraphrases: the M-step.
 
     python stages/train.py --params params.yaml --name em1 --parent models/base \
         --chunks data/chunks/em --data data/latents/em1 --mixed data/chunks/em \
-        --heldout data/chunks/heldout --work .work --out models/em1 \
+        --heldout data/chunks/heldout --work .work --timings timings --out models/em1 \
         --csv metrics/train/em1.csv --db mlflow.db --artifacts mlartifacts
 
-On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] in the place of python.
+On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] instead of python.
 """
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 
-from boltlm import tracking
-from boltlm.engine import work_root
-from boltlm.errors import stage
-from boltlm.model.checkpoint import final
-from boltlm.model.parallel import machine
-from boltlm.model.runs import Paths, run, settings
-from boltlm.params import load
-
-# By name: what measures a model meanwhile is no part of what it becomes, so DVC does not hash it.
-MEASURES = "boltlm.evaluation.during"
+from boltlm.checkpoint import final_weights
+from boltlm.errors import run_main
+from boltlm.params import flatten_params, load, load_settings
+from boltlm.shard_store import repository_path
+from boltlm.timing import timing_path
+from boltlm.training.config import TrainSettings
+from boltlm.training.distributed import process_state
+from boltlm.training.run import TrainPaths, run_training
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--parent", "--chunks", "--data", "--mixed", "--heldout"):
-        parser.add_argument(flag, type=Path, required=True)
-    for flag in ("--work", "--out", "--csv", "--db", "--artifacts"):
-        parser.add_argument(flag, type=Path, required=True)
+    inputs = ("params", "parent", "chunks", "data", "mixed", "heldout")
+    for flag in (*inputs, "work", "timings", "out", "csv", "db", "artifacts"):
+        parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    params = load(args.params)
-    entry, config = settings(params, args.name)
-    hook = live = None
-    if during := config.evaluate:
-        hook = import_module(MEASURES).measures(
-            params,
-            latent=entry.format == "latent",
-            documents=during.documents,
-            k_samples=during.k_samples,
-            tokenizer=final(args.parent),
+    settings = load_settings(TrainSettings, args.params, name=args.name)
+    hook = line_logger = None
+    if config := settings.model.train.validation:
+        from boltlm.evaluation.validation import ValidationSettings, validation_hook
+
+        hook = validation_hook(
+            load_settings(ValidationSettings, args.params),
+            config,
+            latent=settings.model.format == "latent",
+            tokenizer=final_weights(args.parent),
             heldout=args.heldout,
         )
-    if config.live and machine().is_main_process:
-        place = tracking.store(work_root(args.db), work_root(args.artifacts))
-        live = tracking.live(params, args.name, place)
-    work = work_root(args.work)
-    paths = Paths(args.parent, args.chunks, args.mixed, args.data, work, args.out, args.csv)
-    run(params, args.name, paths, hook=hook, live=live)
+    if settings.model.train.log_live and process_state().is_main_process:
+        from boltlm.reporting.live_logging import live_logger, tracking_store
+
+        store = tracking_store(repository_path(args.db), repository_path(args.artifacts))
+        line_logger = live_logger(flatten_params(load(args.params)), args.name, store)
+    timing = timing_path(repository_path(args.timings), "train", args.name)
+    inputs = args.parent, args.chunks, args.mixed, args.data
+    paths = TrainPaths(*inputs, repository_path(args.work), args.out, args.csv, timing)
+    run_training(settings, paths, validation_hook=hook, line_logger=line_logger)
 
 
 if __name__ == "__main__":
-    stage(main)
+    run_main(main)

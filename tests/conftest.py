@@ -1,4 +1,4 @@
-"""What several rooms' tests need: a model that can be enumerated, and a base model folder."""
+"""Fixtures for the tests of several packages: a model small enough to enumerate, a base model."""
 
 import itertools
 import os
@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from boltlm import checkpoint
 from boltlm.corpus import generated
-from boltlm.model import base, checkpoint
 from boltlm.tokens import TextCoder
+from boltlm.training.base import PretrainConfig
+from boltlm.training.base_model import add_special_tokens, create_model
+from boltlm.training.tokenizer import train_tokenizer
 from tests import tiny
 
 
@@ -18,8 +21,8 @@ def pytest_configure() -> None:
     """One thread, no GPU, and the same hypothesis examples in every run."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    settings.register_profile("house", deadline=None, derandomize=True, max_examples=120)
-    settings.load_profile("house")
+    settings.register_profile("boltlm", deadline=None, derandomize=True, max_examples=120)
+    settings.load_profile("boltlm")
 
 
 @pytest.fixture(scope="session")
@@ -29,26 +32,27 @@ def enumerable(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model as the stage `base` leaves it, untrained: width 16, window 128."""
+    """A base model as the stage `base` writes it, untrained: hidden size 16, context 128."""
     folder = tmp_path_factory.mktemp("base")
-    found = itertools.islice(generated.documents(tiny.pages(pages="primer"), seed=1), 50)
-    tokenizer = base.train_tokenizer((document.text for document in found), 300)
-    config = base.Pretrain(
+    source = tiny.pages(pages="primer")
+    documents = itertools.islice(generated.generate_documents(source, seed=1), 50)
+    tokenizer = train_tokenizer((document.text for document in documents), 300)
+    config = PretrainConfig(
         kind="pretrain",
-        vocabulary=300,
-        width=16,
-        layers=2,
-        heads=2,
-        feed_forward=32,
-        window=128,
+        vocab_size=300,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=32,
+        context_length=128,
         epochs=1,
-        length=32,
+        sequence_length=32,
         train=tiny.train_config(),
     )
-    model = base.create(config, tokenizer, seed=1)
-    base.add_markers(model, tokenizer, seed=1)
+    model = create_model(config, tokenizer, seed=1)
+    add_special_tokens(model, tokenizer, seed=1)
     tokenizer.save_pretrained(folder)
-    checkpoint.save(model, folder, folder, {})
+    checkpoint.save_model(model, folder, folder, {})
     return folder
 
 

@@ -1,133 +1,233 @@
-"""Params: a wrong key or value is an error that names it, and nothing is made up."""
+"""params.yaml becomes settings: a wrong key or value is an error that names it."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from boltlm.errors import UserError
-from boltlm.params import build, load, section
+from boltlm.params import (
+    EntryName,
+    EntryPath,
+    NonNegativeInt,
+    Overlay,
+    PositiveInt,
+    build_settings,
+    flatten_params,
+    from_key,
+    load,
+    load_settings,
+    settings_keys,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inner:
-    size: int
+class Schedule:
+    kind: Literal["cosine", "wsd"]
+    warmup: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimization:
     rate: float
+    schedule: Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outer:
-    kind: Literal["plain", "fancy"]
-    inner: Inner
-    count: int | None
-    names: tuple[str, ...]
-    others: dict[str, Inner]
-    free: dict[str, Any]
-    flag: bool
+class FileSource:
+    kind: Literal["files"]
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubSource:
+    kind: Literal["hub"]
+    name: str
+    config: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    size: PositiveInt
+    source: Annotated[FileSource | HubSource, Overlay("source")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    parent: Annotated[str, EntryName("models", "base")]
+    data: Annotated[str, EntryPath(latents="latents", split="corpora")]
+    train: Annotated[Optimization, Overlay("train")]
+    shuffle: bool
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 0:
-            raise UserError(f"count must be 0 or more, found {self.count}")
+        if self.train.rate > 1:
+            raise UserError(f"rate must be 1 or less, found {self.train.rate}")
 
 
-GOOD: dict[str, Any] = {
-    "kind": "plain",
-    "inner": {"size": 3, "rate": 0.5},
-    "count": None,
-    "names": ["a", "b"],
-    "others": {"x": {"size": 1, "rate": 2}},
-    "free": {"anything": [1, "two"]},
-    "flag": True,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    name: str
+    seed: NonNegativeInt
+    model: Model = from_key("models.{name}")
+    corpora: Mapping[str, Corpus]
+    extra: tuple[Annotated[str, EntryName("corpora")], ...] = from_key("evaluate.extra")
+    benchmarks: Mapping[Literal["gsm8k", "math"], str]
+
+    def __post_init__(self) -> None:
+        if self.seed == 13:
+            raise UserError("seed must not be 13")
+
+
+PARAMS: dict[str, Any] = {
+    "seed": 1,
+    "train": {"rate": 0.5, "schedule": {"kind": "cosine", "warmup": 0.1}},
+    "source": {"kind": "files", "path": "all.jsonl"},
+    "corpora": {
+        "em": {"size": 10, "source": {}},
+        "web": {"size": 5, "source": {"kind": "hub", "name": "c4", "config": None}},
+    },
+    "latents": {"em1": {}},
+    "models": {
+        "m0": {"parent": "base", "data": "split/em", "train": {}, "shuffle": True},
+        "m1": {
+            "parent": "m0",
+            "data": "latents/em1",
+            "train": {"rate": 1, "schedule": {"warmup": 0.2}},
+            "shuffle": False,
+        },
+    },
+    "evaluate": {"extra": ["web"], "other": 1},
+    "benchmarks": {"gsm8k": "test.jsonl"},
 }
 
 
-def test_a_section_becomes_its_dataclass() -> None:
-    """Nested sections, lists and mappings included; a whole number is a fine float."""
-    made = build(Outer, GOOD, "outer")
-    assert made == Outer(
-        kind="plain",
-        inner=Inner(size=3, rate=0.5),
-        count=None,
-        names=("a", "b"),
-        others={"x": Inner(size=1, rate=2.0)},
-        free={"anything": [1, "two"]},
-        flag=True,
+def changed(key: str, value: Any, params: Any = None) -> dict[str, Any]:
+    """PARAMS with another value at a dotted key; `...` removes the key."""
+    params = PARAMS if params is None else params
+    first, _, rest = key.partition(".")
+    inner = changed(rest, value, params[first]) if rest else value
+    if inner is ...:
+        return {name: old for name, old in params.items() if name != first}
+    return {**params, first: inner}
+
+
+def test_settings_hold_typed_values_from_wherever_they_are() -> None:
+    """Sections, scalars, dotted keys, entries of a name, mappings, lists and unions by `kind`."""
+    cosine = Schedule(kind="cosine", warmup=0.2)
+    settings = build_settings(Settings, PARAMS, name="m1")
+    assert settings == Settings(
+        name="m1",
+        seed=1,
+        model=Model(
+            parent="m0",
+            data="latents/em1",
+            train=Optimization(rate=1.0, schedule=cosine),
+            shuffle=False,
+        ),
+        corpora={
+            "em": Corpus(size=10, source=FileSource(kind="files", path="all.jsonl")),
+            "web": Corpus(size=5, source=HubSource(kind="hub", name="c4", config=None)),
+        },
+        extra=("web",),
+        benchmarks={"gsm8k": "test.jsonl"},
     )
-    assert isinstance(made.others["x"].rate, float)
-
-
-@pytest.mark.parametrize("key", GOOD)
-def test_a_missing_key_is_named(key: str) -> None:
-    """There are no defaults in code: a number that is nowhere is an error, not a guess."""
-    values = {name: value for name, value in GOOD.items() if name != key}
-    with pytest.raises(UserError, match=rf"params\.yaml: missing key outer\.{key}$"):
-        build(Outer, values, "outer")
+    assert isinstance(settings.model.train.rate, float)
+    unchanged = build_settings(Settings, PARAMS, name="m0").model.train
+    assert unchanged == Optimization(rate=0.5, schedule=replace(cosine, warmup=0.1))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "value", "message"),
     [
-        ({"sise": 1}, r"unknown key outer\.sise; known here: kind, inner"),
-        ({"inner": {"size": 3, "rate": 1, "x": 1}}, r"unknown key outer\.inner\.x"),
-        ({"inner": {"size": 3}}, r"missing key outer\.inner\.rate"),
-        ({"inner": 3}, r"outer\.inner must be a mapping, found 3"),
+        ("seed", ..., r"no key 'seed' \(params\.yaml has: "),
+        ("seed", "one", r"seed must be of type int, found 'one'"),
+        ("seed", True, r"seed must be of type int, found True"),
+        ("seed", None, r"seed must be of type int, found None"),
+        ("seed", 1.5, r"seed must be of type int, found 1\.5"),
+        ("seed", -1, r"seed must be 0 or more, found -1"),
+        ("seed", 13, r"^params\.yaml: seed must not be 13$"),
+        ("models.m1", ..., r"no key 'models\.m1' \(models has: m0\)"),
+        ("models.m1", 3, r"models\.m1 must be a mapping, found 3"),
+        ("models.m1.parent", "m9", r"models\.m1\.parent must name .*\(base, m0, m1\), found 'm9'"),
+        ("models.m1.data", "latent/em1", r"data must be latents/<entry of latents> \| split/"),
+        ("models.m1.data", "latents/em9", r"latents has no entry 'em9' \(it has: em1\)"),
+        ("models.m1.data", "em1", r"models\.m1\.data must be .*found 'em1'"),
+        ("models.m1.shuffle", 1, r"models\.m1\.shuffle must be of type bool, found 1"),
+        ("models.m1.train", None, r"models\.m1\.train must be a mapping \(\{\}: as `train`\)"),
         (
-            {"inner": {"size": 3.5, "rate": 1}},
-            r"outer\.inner\.size must be of type int, found 3\.5",
+            "models.m1.train.rat",
+            1,
+            r"unknown key models\.m1\.train\.rat; known here: rate, schedule",
         ),
-        ({"inner": {"size": True, "rate": 1}}, r"outer\.inner\.size must be of type int"),
-        ({"inner": {"size": 3, "rate": True}}, r"outer\.inner\.rate must be of type float"),
-        ({"inner": {"size": 3, "rate": "1e-4"}}, r"outer\.inner\.rate .* float, found '1e-4'"),
+        ("models.m1.train.rate", "1e-4", r"models\.m1\.train\.rate .* float, found '1e-4'"),
+        ("models.m1.train.rate", True, r"models\.m1\.train\.rate must be of type float"),
+        ("models.m1.train.rate", math.nan, r"models\.m1\.train\.rate must be a finite number"),
+        ("models.m1.train.rate", 2, r"models\.m1: rate must be 1 or less, found 2"),
         (
-            {"inner": {"size": None, "rate": 1}},
-            r"outer\.inner\.size must be of type int, found None",
+            "models.m1.train.schedule.kind",
+            "odd",
+            r"schedule\.kind must be cosine \| wsd, found 'odd'",
         ),
-        ({"kind": "odd"}, r"outer\.kind must be plain \| fancy, found 'odd'"),
-        ({"count": "many"}, r"outer\.count must be of type int, found 'many'"),
-        ({"names": "a"}, r"outer\.names must be"),
-        ({"names": ["a", 2]}, r"outer\.names\[1\] must be of type str, found 2"),
-        ({"others": {"x": {"size": 1}}}, r"missing key outer\.others\.x\.rate"),
-        ({"others": [1]}, r"outer\.others must be"),
-        ({"free": None}, r"outer\.free must be"),
-        ({"flag": 1}, r"outer\.flag must be of type bool, found 1"),
-        ({"count": -1}, r"outer: count must be 0 or more, found -1"),
+        ("train", ..., r"no key 'train'"),
+        ("corpora", [1], r"corpora must be of type"),
+        ("corpora.em.size", 0, r"corpora\.em\.size must be 1 or more, found 0"),
+        ("corpora.em.size", ..., r"missing key corpora\.em\.size"),
+        ("corpora.em.source", {"kind": "web"}, r"source\.kind must be files \| hub, found 'web'"),
+        ("corpora.em.source", {"kind": "hub"}, r"missing key corpora\.em\.source\.name"),
+        ("corpora.em.source", {"name": "c4"}, r"unknown key corpora\.em\.source\.name"),
+        ("evaluate.extra", "web", r"evaluate\.extra must be"),
+        ("evaluate.extra", ["web", "dclm"], r"evaluate\.extra\[1\] must name .*found 'dclm'"),
+        ("evaluate", 3, r"no key 'evaluate\.extra' \(evaluate has: nothing\)"),
+        ("benchmarks", {"mmlu": "x"}, r"a key of benchmarks must be gsm8k \| math, found 'mmlu'"),
+        ("benchmarks.gsm8k", 3, r"benchmarks\.gsm8k must be of type str, found 3"),
     ],
 )
-def test_a_wrong_value_names_its_key(change: dict[str, Any], message: str) -> None:
-    """The message is all that a user of a long params.yaml has to go by."""
+def test_a_wrong_value_is_refused_by_name(key: str, value: Any, message: str) -> None:
+    """The message is all that the user of a long params.yaml has."""
     with pytest.raises(UserError, match=message):
-        build(Outer, {**GOOD, **change}, "outer")
+        build_settings(Settings, changed(key, value), name="m1")
 
 
-def test_values_that_are_no_mapping_are_an_error() -> None:
-    """A section left empty in YAML is None."""
-    with pytest.raises(UserError, match="outer must be a mapping, found None"):
-        build(Outer, None, "outer")
+def test_an_overlay_of_another_kind_stands_alone() -> None:
+    """Keys of the section would be unknown to it."""
+    source = {"kind": "hub", "name": "c4", "config": "en"}
+    settings = build_settings(Settings, changed("corpora.em.source", source), name="m0")
+    assert settings.corpora["em"].source == HubSource(kind="hub", name="c4", config="en")
+    other = {"path": "some.jsonl"}
+    settings = build_settings(Settings, changed("corpora.em.source", other), name="m0")
+    assert settings.corpora["em"].source == FileSource(kind="files", path="some.jsonl")
 
 
-def test_section_walks_dotted_keys() -> None:
-    """A missing step names the whole key and what is there instead."""
-    params = {"a": {"b": {"c": 0}, "d": None}}
-    assert section(params, "a.b.c") == 0
-    assert section(params, "a.d") is None
-    for key, message in (
-        ("a.x", r"no key 'a\.x' \(a has: b, d\)"),
-        ("x", r"no key 'x' \(params\.yaml has: a\)"),
-        ("a.b.c.d", r"no key 'a\.b\.c\.d' \(a\.b\.c has: nothing\)"),
-        ("a.d.e", r"no key 'a\.d\.e'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            section(params, key)
+def test_the_keys_of_settings_are_those_whose_values_they_hold() -> None:
+    """Overlays are values; sections in which a name is only looked up are not."""
+    assert settings_keys(Settings) == {
+        "seed",
+        "models.{name}",
+        "corpora",
+        "evaluate.extra",
+        "benchmarks",
+        "train",
+        "source",
+    }
+
+
+def test_flat_params_are_text_under_dotted_keys() -> None:
+    """As MLflow shows them."""
+    flat = flatten_params({"a": {"b": 1, "c": {}}, "d": [1, None], "e": "text", "f": True})
+    assert flat == {"a.b": "1", "a.c": "{}", "d": "[1, null]", "e": "text", "f": "true"}
 
 
 def test_load_reads_a_mapping(tmp_path: Path) -> None:
-    """A file that is absent, broken or something else is named."""
+    """A file that is absent, malformed or something else is named."""
     path = tmp_path / "params.yaml"
     with pytest.raises(UserError, match=r"params\.yaml: no such params file"):
         load(path)
-    path.write_text("a: {b: 1}\n", encoding="utf-8")
-    assert load(path) == {"a": {"b": 1}}
+    path.write_text("kind: cosine\nwarmup: 0.1\n", encoding="utf-8")
+    assert load(path) == {"kind": "cosine", "warmup": 0.1}
+    assert load_settings(Schedule, path) == Schedule(kind="cosine", warmup=0.1)
     for text, message in (("a: [", "not YAML"), ("- a\n", "found list"), ("", "found NoneType")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):

@@ -72,9 +72,9 @@ def stage_command(folder: Path, name: str) -> list[str]:
     return [sys.executable, *rest]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_the_graph_runs_and_leaves_every_artefact(finished: Path) -> None:
-    """The paths and columns of SPEC section 10, and a number for every model."""
+    """Every model has weights and metrics, and there are figures and a report."""
     for model in ("warmstart", "em1", "em2", "raw_flops"):
         assert (finished / "models" / model / "model.safetensors").is_file()
         measured = json.loads((finished / "metrics" / "eval" / f"{model}.json").read_text())
@@ -84,8 +84,8 @@ def test_the_graph_runs_and_leaves_every_artefact(finished: Path) -> None:
     assert (finished / "metrics" / "figures" / "training.png").is_file()
 
 
-@pytest.mark.timeout(900)
-def test_matched_baseline_saw_as_many_tokens_as_the_latent_run(finished: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_the_flop_matched_baseline_saw_as_many_tokens_as_the_latent_run(finished: Path) -> None:
     """FLOP-matched means the same number of training tokens, to the token."""
     facts = [
         json.loads((finished / "models" / name / "training.json").read_text())
@@ -94,13 +94,13 @@ def test_matched_baseline_saw_as_many_tokens_as_the_latent_run(finished: Path) -
     assert facts[0]["tokens"] == facts[1]["tokens"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_a_second_repro_does_nothing(finished: Path) -> None:
     """Nothing that a stage writes may make another one, or itself, look out of date."""
     assert "Running stage" not in run(finished, "dvc", "repro")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_the_same_seed_gives_identical_artefacts(finished: Path, tmp_path: Path) -> None:
     """Models and tables of two runs are equal to the byte (CPU, one thread)."""
     other = clone(tmp_path / "other")
@@ -112,9 +112,9 @@ def test_the_same_seed_gives_identical_artefacts(finished: Path, tmp_path: Path)
     assert theirs == {path: ours[path] for path in theirs}
 
 
-@pytest.mark.timeout(900)
-def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
-    """SIGKILL between shards costs the unfinished ones only, and changes no byte."""
+@pytest.mark.timeout(3600)
+def test_a_killed_e_step_resumes_and_ends_the_same(finished: Path) -> None:
+    """After a SIGKILL only unfinished shards are drawn again, and no byte differs."""
     folder = finished / "data" / "latents" / "em2"
     before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
     assert len(before) > 2
@@ -122,10 +122,8 @@ def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
     command = stage_command(finished, "latents@em2")
     process = subprocess.Popen(command, cwd=finished, env=ENVIRONMENT)
     work = finished / ".work" / "latents"
-    deadline = time.monotonic() + 120
     while not list(work.glob("*/*/*.sha256")):
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -140,7 +138,7 @@ def test_a_killed_e_step_goes_on_and_ends_the_same(finished: Path) -> None:
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_more_draws_keep_the_first_ones(finished: Path, tmp_path: Path) -> None:
     """Draw k of a chunk depends on k, not on K: a larger K adds to the draws of a smaller."""
     import pyarrow.parquet as pq
@@ -151,6 +149,7 @@ def test_more_draws_keep_the_first_ones(finished: Path, tmp_path: Path) -> None:
     command[command.index("--params") + 1] = str(tmp_path / "more.yaml")
     for flag, name in (("--out", "out"), ("--metrics", "m.json"), ("--histogram", "m.csv")):
         command[command.index(flag) + 1] = str(tmp_path / name)
+    command[command.index("--timings") + 1] = str(tmp_path / "timings")
     run(finished, *command)
     columns = ["doc_id", "chunk", "sample", "tokens", "finish"]
     ours = pq.read_table(finished / "data/latents/em1", columns=columns).to_pylist()
@@ -159,25 +158,25 @@ def test_more_draws_keep_the_first_ones(finished: Path, tmp_path: Path) -> None:
     assert [row for row in more if row["sample"] < params["k_samples"]] == ours
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_vllm_draws_from_a_trained_checkpoint(finished: Path, tmp_path: Path) -> None:
-    """Its log q, and the weights made of it, are those of a float64 model within 10⁻³. So small a
-    model seldom ends a latent: K is large."""
+    """Its log q, and the weights computed from it, are those of a float64 model within 10⁻³. So
+    small a model seldom ends a latent: K is large."""
     pytest.importorskip("vllm", reason="vLLM is not installed on this machine")
     params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
     params["sampling"] |= {"sampler": "vllm"}
     params["k_samples"] = 64
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    command = [sys.executable, "-m", "boltlm.sampling.precision", "--limit", "100"]
+    command = [str(BIN / "boltlm"), "verify-weights", "--limit", "100"]
     command += ["--params", str(tmp_path / "params.yaml"), "--model", "models/em1"]
-    said = run(finished, *command, "--chunks", "data/chunks/em")
-    found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
-    assert found["samples"] > 10
-    assert found["log_q_error_max"] < 1e-3
-    assert found["log_weight_error_max"] < 1e-3
+    printed = run(finished, *command, "--chunks", "data/chunks/em")
+    errors = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert errors["samples"] > 10
+    assert errors["log_q_error_max"] < 1e-3
+    assert errors["log_weight_error_max"] < 1e-3
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
     """`dvc exp run -S k_samples=8` may not retrain the base or the warm start."""
     params = (finished / "params.yaml").read_text("utf-8")
@@ -186,34 +185,50 @@ def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
         status = json.loads(run(finished, "dvc", "status", "--json"))
     finally:
         (finished / "params.yaml").write_text(params)
-    always = {"figures", "track"}  # they follow whatever any metrics file says
+    always = {"figures", "track"}  # they depend on every metrics file
     assert set(status) - always == {"latents@em1", "latents@em2"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_mlflow_holds_the_experiment_and_its_children(finished: Path) -> None:
-    """The user opens MLflow after a run: one run for the experiment, one for each part of it."""
+    """One run for the experiment and one for each part, with curves and wall-clock figures."""
     with sqlite3.connect(finished / "mlflow.db") as database:
         names = [name for (name,) in database.execute("select name from runs")]
         metrics = database.execute(
             "select step, value from metrics where key = 'elbo_per_token' order by step"
         ).fetchall()
+        speeds = database.execute(
+            "select distinct runs.name from metrics join runs using (run_uuid)"
+            " where key = 'tokens_per_second'"
+        ).fetchall()
     assert names.count("workspace") == 1
     assert {"em1", "em2", "raw_flops"} <= set(names)
     assert {step for step, _ in metrics} == {0, 1, 2}
+    assert {"base", "em1", "em2", "raw_flops"} <= {name for (name,) in speeds}
+
+
+@pytest.mark.timeout(3600)
+def test_no_tracked_file_holds_a_wall_clock_figure(finished: Path) -> None:
+    """They would differ after every run of what is committed."""
+    for path in (finished / "metrics").rglob("*.*"):
+        if path.suffix in (".json", ".csv", ".md"):
+            text = path.read_text("utf-8")
+            for word in ("second", "mfu", "memory"):
+                assert word not in text, f"{path}: {word}"
 
 
 ERRORS = {
     "an unknown key": ({"chunks": {"mean": 3}}, "unknown key chunks.mean"),
     "a wrong path": ({"corpus": {"kind": "files", "path": "no/such.jsonl"}}, "no/such.jsonl"),
     "a wrong kind": ({"corpus": {"kind": "web"}}, "kind must be"),
-    "a short window": ({"max_latent_tokens": 255}, "the model's window leaves"),
+    "a text instead of a seed": ({"seed": "one"}, "seed must be of type int, found 'one'"),
+    "a short context": ({"max_latent_tokens": 255}, "context"),
 }
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_wrong_parameter_is_told_in_one_line(finished: Path, tmp_path: Path, case: str) -> None:
+def test_a_wrong_parameter_gives_one_line(finished: Path, tmp_path: Path, case: str) -> None:
     """What a user can cause gets a message and no traceback."""
     change, message = ERRORS[case]
     params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
@@ -221,7 +236,7 @@ def test_a_wrong_parameter_is_told_in_one_line(finished: Path, tmp_path: Path, c
     for key, value in change.items():
         if key == "corpus":
             value = {"columns": columns, "shuffle_buffer": 0, **value}
-            params["corpora"] = {"em": {"documents": 5, "source": {}}}
+            params["corpora"] = {"heldout": {"documents": 5, "source": {}}}
             params["questions"] = {"count": 0, "source": {}}
         params[key] = {**params[key], **value} if key == "chunks" else value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))

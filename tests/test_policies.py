@@ -1,182 +1,285 @@
-"""The house's rules, held by the machine."""
+"""The repository's own rules, checked by tests."""
 
 import ast
+import itertools
 import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from boltlm.params import load
+from boltlm.fingerprint import NEUTRAL_MODULES, import_closure, imported_modules
+from boltlm.params import build_settings, load, settings_keys
+from tests.stage_deps import DVC_YAML, SCRIPT, required_sources, rewritten
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "boltlm"
-ROOMS = ["corpus", "latents", "sequences", "model", "sampling", "evaluation", "figures"]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
-PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+PACKAGES = ["corpus", "sequences", "teachers", "training", "estep", "evaluation", "reporting"]
+STAGES = yaml.safe_load(DVC_YAML.read_text("utf-8"))["stages"]
+PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((ROOT / "stages").glob("*.py"))
 
 
-def imports(path: Path) -> set[Path]:
-    """The files of the package that a file imports, wherever in it."""
-    found: set[Path] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("boltlm"):
-            assert node.module is not None
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            file = ROOT / "src" / Path(*name.split("."))
-            found |= {p for p in (file.with_suffix(".py"), file / "__init__.py") if p.is_file()}
-    return found
+def definition(stage: str) -> dict[str, Any]:
+    return STAGES[stage].get("do", STAGES[stage])
 
 
-def closure(path: Path) -> set[Path]:
-    """All files of the package that are read when `path` runs, but for bare room files."""
-    seen: set[Path] = set()
-    left = [path]
-    while left:
-        for found in imports(left.pop()) - seen:
-            seen.add(found)
-            left.append(found)
-    return {found for found in seen if found.name != "__init__.py"}
+def script_of(stage: str) -> str:
+    match = SCRIPT.search(definition(stage)["cmd"])
+    assert match is not None
+    return match[0]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_all_that_it_imports_and_on_no_more(name: str) -> None:
-    """A missing dep keeps stale results; a needless one throws good ones away."""
-    stage = STAGES[name].get("do", STAGES[name])
-    deps = [ROOT / dep for dep in stage["deps"] if dep.startswith(("src/", "stages/"))]
-    script = ROOT / re.findall(r"stages/\w+\.py", stage["cmd"])[0]
-    needed = closure(script) | {script}
-    for path in needed:
-        assert any(path.is_relative_to(dep) for dep in deps), f"{name} misses {path}"
-    for dep in deps:
-        assert any(path.is_relative_to(dep) for path in needed), f"{name} does not need {dep}"
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_from_rooms_above(room: str) -> None:
-    """The order of the rooms is the order in which data flows; the EM loop closes in dvc.yaml."""
-    allowed = ROOMS[: ROOMS.index(room) + 1]
-    for path in (PACKAGE / room).glob("*.py"):
-        for found in imports(path):
-            place = found.relative_to(PACKAGE).parts[0]
-            assert place in allowed or place.endswith(".py"), f"{path.name} imports {found}"
+# --- What DVC knows of each stage
 
 
-def test_shared_modules_do_not_import_rooms() -> None:
-    """records, params, … lie under all rooms."""
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_code_that_can_change_its_output(stage: str) -> None:
+    """A missing source keeps stale results; a needless one discards good ones."""
+    sources = [dep for dep in definition(stage)["deps"] if dep.startswith(("src/", "stages/"))]
+    assert sources == required_sources(script_of(stage)), "run: make deps"
+
+
+def test_make_deps_changes_nothing_that_is_up_to_date() -> None:
+    """The command that writes the lists and the test above agree."""
+    text = DVC_YAML.read_text("utf-8")
+    assert rewritten(text) == text
+
+
+def test_neutral_modules_exist_and_are_few() -> None:
+    """Each of them is a module of the package; the list may not swallow code that computes."""
+    for name in NEUTRAL_MODULES:
+        assert (ROOT / "src" / Path(*name.split("."))).with_suffix(".py").is_file(), name
+    assert not NEUTRAL_MODULES & {"boltlm.params", "boltlm.records", "boltlm.shard_store"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_edit_of_a_neutral_module_makes_no_stage_stale(stage: str) -> None:
+    """Progress, messages, timing, in-training validation, live logging, commands that compare."""
+    deps = set(definition(stage)["deps"])
+    for name in (*NEUTRAL_MODULES, "boltlm.cli", "boltlm.evaluation.compare"):
+        assert f"src/{name.replace('.', '/')}.py" not in deps
+
+
+def stage_settings() -> dict[str, Any]:
+    """The settings class of each stage that has one."""
+    from boltlm.corpus.split import SplitSettings
+    from boltlm.estep.config import EStepSettings
+    from boltlm.evaluation.config import EvaluateSettings
+    from boltlm.evaluation.finetune_config import FinetuneSettings
+    from boltlm.reporting.arms import ReportSettings
+    from boltlm.teachers.config import TeacherSettings
+    from boltlm.training.base import BaseSettings
+    from boltlm.training.config import TrainSettings
+
+    return {
+        "base": BaseSettings,
+        "split": SplitSettings,
+        "teacher": TeacherSettings,
+        "train": TrainSettings,
+        "latents": EStepSettings,
+        "evaluate": EvaluateSettings,
+        "finetune": FinetuneSettings,
+        "figures": ReportSettings,
+    }
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "track"])
+def test_a_stage_depends_on_exactly_the_params_that_it_reads(stage: str) -> None:
+    """The keys of a stage's settings class are its `params` in dvc.yaml."""
+    declared = {key.replace("${key}", "{name}") for key in definition(stage)["params"]}
+    assert declared == settings_keys(stage_settings()[stage])
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
+def test_params_build_the_settings_of_every_stage(path: Path) -> None:
+    """Every entry has the right keys and types, and names entries that exist."""
+    params = load(path)
+    entries = {
+        "teacher": params["teachers"],
+        "train": params["models"],
+        "latents": params["latents"],
+        "evaluate": params["models"],
+        "finetune": params["finetune"]["runs"],
+    }
+    for stage, kind in stage_settings().items():
+        for name in entries.get(stage, [""]):
+            build_settings(kind, params, name=name)
+
+
+@pytest.mark.parametrize("path", PARAMS[1:], ids=lambda path: path.stem)
+def test_presets_have_the_sections_of_params(path: Path) -> None:
+    """A preset replaces params.yaml as a whole, so it must say all that params.yaml says."""
+    assert load(PARAMS[0]).keys() == load(path).keys()
+
+
+# --- How the code is organised
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_itself_and_packages_before_it(package: str) -> None:
+    """The order of the packages is that of the data; the EM loop closes in dvc.yaml."""
+    allowed = PACKAGES[: PACKAGES.index(package) + 1]
+    for path in (PACKAGE / package).rglob("*.py"):
+        for name in imported_modules(path):
+            parts = name.split(".")
+            assert len(parts) == 2 or parts[1] in allowed, f"{path.name} imports {name}"
+            assert name != "boltlm.cli", f"{path.name} imports the command line"
+
+
+def test_shared_modules_import_no_package() -> None:
+    """records, params, … are below all packages; the command line is above them."""
     for path in PACKAGE.glob("*.py"):
-        for found in imports(path):
-            assert found.parent == PACKAGE, f"{path.name} imports {found}"
+        for name in imported_modules(path) if path.stem != "cli" else ():
+            assert name.count(".") == 1, f"{path.name} imports {name}"
 
 
-def test_the_key_of_samples_covers_the_code_that_draws_them() -> None:
-    """What an E-step's draws import is in the key of its shards; what only reads params, paths
-    or references is not."""
-    from boltlm.sampling.shards import CODE
-
-    reading = {PACKAGE / name for name in ("engine.py", "errors.py", "params.py", "progress.py")}
-    covered = [ROOT / "src" / Path(*name.split(".")) for name in CODE]
-    for path in closure(PACKAGE / "sampling" / "estep.py") - reading:
-        assert any(path == c.with_suffix(".py") or path.is_relative_to(c) for c in covered), path
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """No import cycle, not even inside a package or inside functions."""
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            for name in imported_modules(path) - NEUTRAL_MODULES:
+                assert module_name(path) not in import_closure(name), f"{path.name} and {name}"
 
 
-def test_files_are_short() -> None:
-    """A file that no longer fits on a few screens is two files."""
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
+def public_names(path: Path) -> Iterator[str]:
+    """What a module defines at its top level under a public name."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            targets = itertools.chain.from_iterable(map(ast.walk, node.targets))
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_public_name_is_defined_in_two_modules() -> None:
+    """A name that is searched for leads to one definition."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for path in SOURCES:
+        for name in public_names(path):
+            modules[name].append(module_name(path))
+    assert {name: where for name, where in modules.items() if len(where) > 1} == {}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_functions_and_files_are_short() -> None:
+    """A function fits on a screen, a file on a few."""
+    for path in [*SOURCES, *SCRIPTS]:
         limit = 60 if path.parent.name == "stages" else 300
         assert len(path.read_text("utf-8").splitlines()) <= limit, path
+        for node in functions(path):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= 50, f"{path}: {node.name} has {lines} lines"
 
 
-def keys(value: Any, prefix: str = "") -> set[str]:
-    if not isinstance(value, dict):
-        return {prefix}
-    return {key for name, inner in value.items() for key in keys(inner, f"{prefix}.{name}")}
+def test_only_entry_points_read_params() -> None:
+    """Below the stages and the command line nothing takes params as a raw mapping."""
+    readers = {"load", "load_settings", "build_settings"}
+    for path in SOURCES:
+        if path.name in ("params.py", "cli.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "boltlm.params":
+                assert not readers & {alias.name for alias in node.names}, path
+        for node in functions(path):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            for argument in arguments:
+                raw = argument.annotation and "Mapping[str, Any]" in ast.unparse(
+                    argument.annotation
+                )
+                assert not (raw and argument.arg in ("params", "values", "config")), path
 
 
-FREE = (
-    ".corpus.",
-    ".corpora.",
-    ".questions.source",
-    ".base.",
-    ".teachers.",
-    ".latents.",
-    ".models.",
-    ".train.evaluate",
-    ".benchmarks",
-    ".finetune.runs",
-)  # sections whose keys depend on a kind, are names, or may be null
+# --- Documents
 
 
-def fixed_keys(params: dict[str, Any]) -> set[str]:
-    return {key for key in keys(params) if not key.startswith(FREE)}
-
-
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_presets_have_the_keys_of_params(preset: Path) -> None:
-    """A preset replaces params.yaml as a whole, so it must say all that params.yaml says."""
-    ours, theirs = load(ROOT / "params.yaml"), load(preset)
-    assert ours.keys() == theirs.keys()
-    assert fixed_keys(ours) == fixed_keys(theirs)
-
-
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *PRESETS], ids=lambda path: path.stem)
-def test_params_resolve(path: Path) -> None:
-    """Every entry is built by the dataclass that reads it and points at entries that exist."""
-    from boltlm.corpus.benchmarks import chosen
-    from boltlm.corpus.sources import source
-    from boltlm.corpus.split import Corpus
-    from boltlm.evaluation.downstream import Spec
-    from boltlm.evaluation.finetune import FinetuneConfig
-    from boltlm.evaluation.measure import EvaluateConfig
-    from boltlm.latents.teachers import teacher
-    from boltlm.model.runs import settings
-    from boltlm.params import build
-    from boltlm.sampling.shards import LatentsEntry
-
-    params = load(path)
-    for name, values in params["corpora"].items():
-        build(Corpus, values, f"corpora.{name}")
-        source(params, name)
-    for name in params["teachers"]:
-        assert teacher(params, name).corpus in params["corpora"]
-    for name, values in params["latents"].items():
-        entry = build(LatentsEntry, values, f"latents.{name}")
-        assert entry.model in params["models"]
-        assert entry.corpus in params["corpora"]
-    for name in params["models"]:
-        entry, _ = settings(params, name)
-        assert entry.parent in {"base", *params["models"]}
-        assert {entry.corpus, entry.mix_corpus} <= params["corpora"].keys()
-        assert is_made(params, entry.data)
-    chosen(params)
-    evaluate = build(EvaluateConfig, params["evaluate"], "evaluate")
-    assert {evaluate.corpus, *evaluate.beside} <= params["corpora"].keys()
-    for task in evaluate.tasks:
-        assert Spec.of(task).task in {"questions", *params["benchmarks"]}
-    for entry in build(FinetuneConfig, params["finetune"], "finetune").runs.values():
-        assert entry.model in {"base", *params["models"]}
-        assert entry.corpus in params["corpora"]
-        assert is_made(params, entry.data)
-
-
-def is_made(params: dict[str, Any], data: str) -> bool:
-    """Whether a stage makes this folder under data/."""
-    kind, _, of = data.partition("/")
-    return of in params[{"teacher": "teachers", "latents": "latents", "split": "corpora"}[kind]]
-
-
-def test_readme_commands_exist() -> None:
-    """README's make targets and files are there, and it is short enough to be read."""
+def test_readme_is_short_and_its_commands_exist() -> None:
+    """Make targets, stages and sub-commands that a reader is told to use."""
     readme = (ROOT / "README.md").read_text("utf-8")
     assert len(readme.splitlines()) <= 150
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
-    for target in re.findall(r"(?:^    |`)make (\w+)", readme, re.M):
-        assert target in targets, target
-    for path in re.findall(r"\]\(([\w./-]+)\)|`((?:presets|stages|src|metrics)/[\w./-]+)`", readme):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+    params = load(ROOT / "params.yaml")
+    for path in DOCUMENTS:
+        text = path.read_text("utf-8")
+        for target in re.findall(r"(?:^ *|`)make (\w+)", text, re.M):
+            assert target in targets, f"{path.name}: make {target}"
+        for command in re.findall(r"(?:^ *|`)boltlm ([a-z][\w-]*)", text, re.M):
+            assert command in ("compare", "seeds", "verify-weights"), f"{path.name}: {command}"
+        sections = {"train": "models", "evaluate": "models", "teacher": "teachers"}
+        for stage, name in re.findall(r"dvc repro (\w+)@(\w+)", text):
+            assert name in params[sections.get(stage) or stage], f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_refer_to_files_that_exist(path: Path) -> None:
+    """Links and paths in backticks."""
+    text = path.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", text):
+        assert (path.parent / target).exists(), target
+    inside = r"`((?:presets|stages|src|tests|docs|benchmarks|boltlm)/[\w./-]*\w)`"
+    for target in re.findall(inside, text):
+        place = PACKAGE.parent / target if target.startswith("boltlm/") else ROOT / target
+        assert place.exists(), target
+    for name in re.findall(r"`(boltlm(?:\.\w+)+)`", text):
+        parts = name.split(".")
+        places = [PACKAGE.parent.joinpath(*parts[:n]) for n in (len(parts), len(parts) - 1)]
+        assert any(p.with_suffix(".py").is_file() or p.is_dir() for p in places), name
+
+
+def test_code_refers_to_documents_that_exist() -> None:
+    """And never to one that is not in the repository."""
+    for path in [*SOURCES, *SCRIPTS, *sorted((ROOT / "tests").rglob("*.py"))]:
+        text = path.read_text("utf-8")
+        assert not re.search(r"\bSPEC\b(?!\w)", text) or path.name == "test_policies.py", path
+        for target in re.findall(r"\b(docs/\w+\.md)", text):
+            assert (ROOT / target).is_file(), f"{path}: {target}"
+
+
+def test_code_refers_to_sections_and_equations_of_the_method_that_exist() -> None:
+    """`docs/method.md, 4.1` and `eq. (3)` lead somewhere."""
+    method = (ROOT / "docs" / "method.md").read_text("utf-8")
+    sections = set(re.findall(r"^#+ (\d+(?:\.\d+)?)\.? ", method, re.M))
+    equations = set(re.findall(r"\((\d+)\)", method))
+    for path in SOURCES:
+        text = re.sub(r"\s+", " ", path.read_text("utf-8"))
+        for section in re.findall(r"docs/method\.md, (?:section )?(\d+(?:\.\d+)?)", text):
+            assert section in sections, f"{path}: section {section}"
+        for equation in re.findall(r"[Ee]q\. \((\d+)\)", text):
+            assert equation in equations, f"{path}: equation {equation}"
+
+
+def test_readme_draws_the_graph_that_dvc_has() -> None:
+    """Every edge between two kinds of stages, and no other."""
+    command = [sys.executable, "-m", "dvc", "dag", "--dot"]
+    dag = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    edges = re.findall(r'"([\w@]+)" -> "([\w@]+)"', dag)
+    kinds = {(one.split("@")[0], other.split("@")[0]) for one, other in edges}
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (graph,) = re.findall(r"```mermaid\n(.*?)```", readme, re.S)
+    drawn: set[tuple[str, str]] = set()
+    for line in graph.splitlines():
+        sides = [re.findall(r"[a-z]\w+", side) for side in line.split("-->")]
+        for left, right in itertools.pairwise(sides):
+            drawn |= set(itertools.product(left, right))
+    assert drawn == kinds

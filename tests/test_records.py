@@ -19,10 +19,10 @@ from boltlm.records import (
     Question,
     Sample,
     TeacherLatent,
-    read,
     read_shard,
+    read_table,
     shard_name,
-    shards,
+    shard_paths,
     write_json,
     write_shard,
 )
@@ -102,14 +102,14 @@ def test_a_table_is_read_in_the_order_of_its_shards(tmp_path: Path) -> None:
     for index in (10, 2, 9, 0):
         write_shard(tmp_path / shard_name(index), Chunk, [chunk(index)])
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
-    assert [row.chunk for row in read(tmp_path, Chunk)] == [0, 2, 9, 10]
-    assert [path.name for path in shards(tmp_path)][-1] == "00010.parquet"
+    assert [row.chunk for row in read_table(tmp_path, Chunk)] == [0, 2, 9, 10]
+    assert [path.name for path in shard_paths(tmp_path)][-1] == "00010.parquet"
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     """Training on a table of nothing starts here."""
     with pytest.raises(UserError, match=rf"{tmp_path}: no \*\.parquet"):
-        shards(tmp_path)
+        shard_paths(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar on a terminal, a plain line now and then elsewhere, ever rarer."""
+"""Progress of a long step: a bar on a terminal, elsewhere a plain line at growing intervals."""
 
 import sys
 import time
@@ -7,12 +7,13 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-T = TypeVar("T")
-SECONDS_BETWEEN_LINES, MOST_OFTEN = 10.0, 0.1  # seconds, and share of the time so far
+_T = TypeVar("_T")
+# The least time between two lines: in seconds, and as a fraction of the time since the start.
+MIN_SECONDS, MIN_ELAPSED_FRACTION = 10.0, 0.1
 
 
-def track(items: Iterable[T], *, what: str, total: int | None, unit: str) -> Iterator[T]:
-    """Yield `items`, showing count, rate and time left on standard error."""
+def track_progress(items: Iterable[_T], *, what: str, total: int | None, unit: str) -> Iterator[_T]:
+    """Yield `items` and show their count, their rate and the remaining time on standard error."""
     with Progress(what=what, total=total, unit=unit) as progress:
         for item in items:
             yield item
@@ -20,13 +21,13 @@ def track(items: Iterable[T], *, what: str, total: int | None, unit: str) -> Ite
 
 
 class Progress:
-    """A bar that is advanced by hand; `note` shows a short text (a loss, a cost) beside it.
-    `silent`: another process shows it."""
+    """A progress display that is advanced by hand. `note` adds a short text to it, such as the loss
+    or the cost. `silent`: another process shows the progress."""
 
     def __init__(self, *, what: str, total: int | None, unit: str, silent: bool = False) -> None:
-        self.silent = silent
-        self.what, self.total, self.unit, self.done, self.text = what, total, unit, 0, ""
-        self.started = self.told = time.monotonic()
+        self.what, self.total, self.unit, self.silent = what, total, unit, silent
+        self.count, self.text = 0, ""
+        self.started = self.last_line = time.monotonic()
         terminal = sys.stderr.isatty() and not silent
         self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True) if terminal else None
 
@@ -37,43 +38,45 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         else:
-            self._line()
+            self._print_line()
 
-    def expect(self, total: int) -> None:
-        """The total, where it is known only now."""
+    def set_total(self, total: int) -> None:
+        """Set the total where it is known only after the start."""
         self.total = total
         if self.bar is not None:
             self.bar.reset(total)
 
     def note(self, text: str) -> None:
+        """Show a short text beside the count."""
         self.text = text
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
 
     def advance(self, count: int) -> None:
-        self.done += count
+        """Add `count` finished units."""
+        self.count += count
         if self.bar is not None:
             self.bar.update(count)
-        elif time.monotonic() - self.told >= self._pause():
-            self._line()
+        elif time.monotonic() - self.last_line >= self._interval():
+            self._print_line()
 
-    def _pause(self) -> float:
-        return max(SECONDS_BETWEEN_LINES, MOST_OFTEN * (self.told - self.started))
+    def _interval(self) -> float:
+        return max(MIN_SECONDS, MIN_ELAPSED_FRACTION * (self.last_line - self.started))
 
-    def _line(self) -> None:
+    def _print_line(self) -> None:
         if self.silent:
             return
-        self.told = time.monotonic()
-        seconds = max(self.told - self.started, 1e-9)
-        rate = self.done / seconds
-        of = f"/{self.total:,}" if self.total is not None else ""
-        left = ""
-        if self.total is not None and 0 < self.done < self.total:
-            left = f", {(self.total - self.done) / rate:.0f} s left"
+        self.last_line = time.monotonic()
+        seconds = max(self.last_line - self.started, 1e-9)
+        rate = self.count / seconds
+        total = f"/{self.total:,}" if self.total is not None else ""
+        remaining = ""
+        if self.total is not None and 0 < self.count < self.total:
+            remaining = f", {(self.total - self.count) / rate:.0f} s left"
         text = f", {self.text}" if self.text else ""
         print(
-            f"{self.what}: {self.done:,}{of} {self.unit}, {rate:,.1f} {self.unit}/s,"
-            f" {seconds:.0f} s{left}{text}",
+            f"{self.what}: {self.count:,}{total} {self.unit}, {rate:,.1f} {self.unit}/s,"
+            f" {seconds:.0f} s{remaining}{text}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,8 +1,8 @@
-"""One record type for each table that crosses a stage, with its Arrow schema (SPEC section 10).
+"""One record type for each table that one stage writes and another reads, with its Arrow schema.
 
 A table is a folder of Parquet files, one a shard, named `00000.parquet`, `00001.parquet`, …
-A shard is a fixed run of documents; the same number names the same documents in every table
-made from a corpus, so a shard can be worked on without looking at another.
+A shard is a fixed run of documents. Shards of the same name hold the same documents in every table
+that is made from a corpus, so that each can be processed without the others.
 """
 
 import json
@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from boltlm import engine
 from boltlm.errors import UserError
+from boltlm.shard_store import atomic_write
 
 _TOKENS = pa.list_(pa.int32())
 _TEXTS = pa.list_(pa.string())
@@ -27,12 +27,13 @@ class Record(Protocol):
     schema: ClassVar[pa.Schema]
 
 
-R = TypeVar("R", bound=Record)
+_R = TypeVar("_R", bound=Record)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text X. `latent`: thoughts behind the whole; `thoughts`: one a sentence; or neither."""
+    """A text X. `latent`: one latent for the document; `thoughts`: one for each sentence; a source
+    may have either or neither."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -52,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A held-out question: the page's text up to the claim, and the claim's final answer."""
+    """A held-out question: the document up to its final claim, and the claim's answer."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -70,7 +71,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A run X_n of whole sentences; chunks of a document follow each other in reading order."""
+    """A chunk X_n: consecutive sentences of a document. Chunks are stored in reading order."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {"doc_id": pa.string(), "chunk": pa.int32(), "text": pa.string(), "tokens": _TOKENS}
@@ -83,7 +84,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLatent:
-    """What a teacher says about a chunk. `reason` is null, or says why there is no latent."""
+    """The latent that a teacher wrote for a chunk; where there is none, `reason` says why."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -103,7 +104,7 @@ class TeacherLatent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Paraphrase:
-    """A document retold by a teacher. `reason` is null, or says why there is no text."""
+    """A teacher's paraphrase of a document; where there is none, `reason` says why."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -123,7 +124,7 @@ class Paraphrase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One of the K latents drawn for a chunk; `tokens` without EoL, log-probabilities in nats."""
+    """One of the K latents drawn for a chunk: token ids without EoL, log-probabilities in nats."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -157,8 +158,8 @@ def shard_name(index: int) -> str:
     return f"{index:05d}.parquet"
 
 
-def write_shard(path: Path, kind: type[R], records: Iterable[R]) -> None:
-    """Write one shard whole or not at all."""
+def write_shard(path: Path, kind: type[_R], records: Iterable[_R]) -> None:
+    """Write one shard completely or not at all."""
     rows = list(records)
     table = pa.table(
         {
@@ -167,31 +168,31 @@ def write_shard(path: Path, kind: type[R], records: Iterable[R]) -> None:
         },
         schema=kind.schema,
     )
-    with engine.whole(path) as part:
-        pq.write_table(table, part, compression="zstd")
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
-def shards(folder: Path) -> list[Path]:
-    """The shards of a table in order. Raises UserError where there is none."""
-    found = sorted(folder.glob("*.parquet"))
-    if not found:
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a table in order. Raises UserError where there are none."""
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
         raise UserError(f"{folder}: no *.parquet in it; run the stage that makes it (dvc repro)")
-    return found
+    return paths
 
 
-def read_shard(path: Path, kind: type[R]) -> list[R]:
+def read_shard(path: Path, kind: type[_R]) -> list[_R]:
     """The records of one shard. Raises UserError where a column is missing or of another type."""
-    wanted = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
     _check(path, kind)
-    columns = pq.read_table(path, columns=wanted).to_pydict()
+    columns = pq.read_table(path, columns=names).to_pydict()
     lists = {field.name for field in kind.schema if pa.types.is_list(field.type)}
     for name in lists:
         columns[name] = [None if value is None else tuple(value) for value in columns[name]]
-    rows = zip(*(columns[name] for name in wanted), strict=True)
-    return [kind(**dict(zip(wanted, row, strict=True))) for row in rows]
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return [kind(**dict(zip(names, row, strict=True))) for row in rows]
 
 
-def _check(path: Path, kind: type[R]) -> None:
+def _check(path: Path, kind: type[_R]) -> None:
     schema = pq.read_schema(path)
     for field in kind.schema:
         if field.name not in schema.names or schema.field(field.name).type != field.type:
@@ -200,8 +201,8 @@ def _check(path: Path, kind: type[R]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """Columns of one shard as arrays: the ids of row i are `tokens[offsets[i] : offsets[i + 1]]`,
-    none where it has none (`valid` tells it from an empty list)."""
+    """Columns of one shard as arrays. The ids of row i are `tokens[offsets[i] : offsets[i + 1]]`;
+    `valid[i]` tells a row whose ids are null from one whose list of ids is empty."""
 
     doc_ids: list[str]
     chunks: list[int]
@@ -213,36 +214,36 @@ class TokenTable:
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
 
-def read_tokens(path: Path, kind: type[R], *, only: str | None = None) -> TokenTable:
-    """doc_id, chunk and token ids of one shard, without a Python object for each id; of the rows
-    whose column `only` is true where one is named. Raises UserError as `read_shard` does."""
+def read_tokens(path: Path, kind: type[_R], *, only: str | None = None) -> TokenTable:
+    """doc_id, chunk and token ids of one shard, without a Python object for each id. `only`: a
+    column that must be true in the rows to read. Raises UserError as `read_shard` does."""
     _check(path, kind)
     columns = ["doc_id", "chunk", "tokens", *([only] if only else [])]
     table = pq.read_table(path, columns=columns)
     if only:
         table = table.filter(table.column(only))
-    found = table.column("tokens").combine_chunks()
-    found = found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
+    tokens = table.column("tokens").combine_chunks()
+    tokens = tokens.chunk(0) if isinstance(tokens, pa.ChunkedArray) else tokens
     return TokenTable(
         table.column("doc_id").to_pylist(),
         table.column("chunk").to_pylist(),
-        found.values.to_numpy(zero_copy_only=False),
-        found.offsets.to_numpy(),
-        found.is_valid().to_numpy(zero_copy_only=False),
+        tokens.values.to_numpy(zero_copy_only=False),
+        tokens.offsets.to_numpy(),
+        tokens.is_valid().to_numpy(zero_copy_only=False),
     )
 
 
-def read(folder: Path, kind: type[R]) -> Iterator[R]:
-    """All records of a table in order, a shard in memory at a time."""
-    for path in shards(folder):
+def read_table(folder: Path, kind: type[_R]) -> Iterator[_R]:
+    """All records of a table in order; one shard is in memory at a time."""
+    for path in shard_paths(folder):
         yield from read_shard(path, kind)
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write facts as JSON with sorted keys, whole or not at all; NaN and infinities as null."""
+    """Write facts as JSON with sorted keys, completely or not at all; NaN becomes null."""
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in facts.items()
     }
-    with engine.whole(path) as part:
-        part.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(clean, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Benchmarks: the same items from every kind of file and from the hub, each gold as it is given."""
+"""Benchmarks: the same items from every file format and from the hub, with unchanged solutions."""
 
 import gzip
 import json
@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import benchmarks
-from boltlm.corpus.benchmarks import KINDS, MATH, STEM, Item, items
+from boltlm.corpus.benchmarks import (
+    BENCHMARK_FILE_TYPES,
+    BENCHMARKS,
+    MATH_SUBJECTS,
+    STEM_SUBJECTS,
+    BenchmarkItem,
+    BenchmarkName,
+    read_benchmark,
+)
 from boltlm.errors import UserError
 from tests import tiny
 
@@ -33,11 +41,11 @@ MMLU: Rows = [
     {"subject": subject, "question": f"{n}?", "choices": ["w", "x", "y", "z"], "answer": n % 4}
     for n, subject in enumerate(["anatomy", "philosophy", "astronomy", "anatomy"])
 ]
-ROWS = {"gsm8k": GSM8K, "math": PROBLEMS, "mmlu_stem": MMLU}
+ROWS: dict[BenchmarkName, Rows] = {"gsm8k": GSM8K, "math": PROBLEMS, "mmlu_stem": MMLU}
 
 
 def write(path: Path, rows: Rows) -> str:
-    """The rows as the path's ending says."""
+    """Write the rows in the format that the path's suffix names; the path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -47,145 +55,146 @@ def write(path: Path, rows: Rows) -> str:
     return str(path)
 
 
-def test_items_of_each_kind(tmp_path: Path) -> None:
-    """To the letter: graders and hashes work on these strings. What is beyond STEM is no item."""
-    found = {
-        kind: list(items(kind, write(tmp_path / f"{kind}.jsonl", ROWS[kind]))) for kind in KINDS
+def test_items_of_each_benchmark(tmp_path: Path) -> None:
+    """Exactly, because graders and hashes use these strings. Subjects outside STEM are skipped."""
+    items = {
+        name: list(read_benchmark(name, write(tmp_path / f"{name}.jsonl", ROWS[name])))
+        for name in BENCHMARKS
     }
-    assert found["gsm8k"][0] == Item(
+    assert items["gsm8k"][0] == BenchmarkItem(
         item_id="gsm8k-test-00000",
         subject="",
         question="How many?",
         choices=(),
         solution="1 + 1 = <<1+1=2>>2\n#### 2",
     )
-    assert found["math"][0] == Item(
+    assert items["math"][0] == BenchmarkItem(
         item_id="math-counting_and_probability-test-00000",
         subject="counting_and_probability",
         question="Find $x_0$.",
         choices=(),
         solution="\\boxed{0}",
     )
-    assert found["mmlu_stem"][1] == Item(
+    assert items["mmlu_stem"][1] == BenchmarkItem(
         item_id="mmlu_stem-astronomy-test-00000",
         subject="astronomy",
         question="2?",
         choices=("w", "x", "y", "z"),
         solution="C",
     )
-    assert [one.item_id[-5:] for one in found["gsm8k"]] == ["00000", "00001"]
+    assert [item.item_id[-5:] for item in items["gsm8k"]] == ["00000", "00001"]
     subjects = ["counting_and_probability", "algebra", "intermediate_algebra", "algebra"]
-    assert [one.subject for one in found["math"]] == subjects
-    assert [one.item_id[-5:] for one in found["math"]] == ["00000", "00000", "00000", "00001"]
-    assert [one.subject for one in found["mmlu_stem"]] == ["anatomy", "astronomy", "anatomy"]
-    assert [one.solution for one in found["mmlu_stem"]] == ["A", "C", "D"]
+    assert [item.subject for item in items["math"]] == subjects
+    assert [item.item_id[-5:] for item in items["math"]] == ["00000", "00000", "00000", "00001"]
+    assert [item.subject for item in items["mmlu_stem"]] == ["anatomy", "astronomy", "anatomy"]
+    assert [item.solution for item in items["mmlu_stem"]] == ["A", "C", "D"]
 
 
-@pytest.mark.parametrize("ending", benchmarks.FILES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_has_the_same_items(tmp_path: Path, kind: str, ending: str) -> None:
-    """Parquet's lists and JSON's are read alike."""
-    wanted = list(items(kind, write(tmp_path / "plain.jsonl", ROWS[kind])))
-    assert list(items(kind, write(tmp_path / f"other{ending}", ROWS[kind]))) == wanted
+@pytest.mark.parametrize("suffix", BENCHMARK_FILE_TYPES)
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_file_format_gives_the_same_items(
+    tmp_path: Path, name: BenchmarkName, suffix: str
+) -> None:
+    """Lists in Parquet and lists in JSON become the same choices."""
+    expected = list(read_benchmark(name, write(tmp_path / "plain.jsonl", ROWS[name])))
+    assert list(read_benchmark(name, write(tmp_path / f"other{suffix}", ROWS[name]))) == expected
 
 
 def test_a_glob_pattern_is_one_data_set(tmp_path: Path) -> None:
-    """MATH comes as a file a subject; numbers go on from file to file."""
-    whole = list(items("math", write(tmp_path / "whole.jsonl", PROBLEMS)))
+    """MATH has one file for each subject; items are numbered across files."""
+    expected = list(read_benchmark("math", write(tmp_path / "all.jsonl", PROBLEMS)))
     for index, row in enumerate(PROBLEMS):
         write(tmp_path / "parts" / f"{index}.jsonl", [row])
-    assert list(items("math", str(tmp_path / "parts" / "*.jsonl"))) == whole
+    assert list(read_benchmark("math", str(tmp_path / "parts" / "*.jsonl"))) == expected
 
 
-def test_a_row_keeps_its_own_id(tmp_path: Path) -> None:
-    """It is the same whatever else the file holds; two of one id would be taken for one item."""
-    rows = [{**row, "id": f"own/{index}"} for index, row in enumerate(GSM8K)]
-    found = items("gsm8k", write(tmp_path / "a.jsonl", rows))
-    assert [one.item_id for one in found] == ["own/0", "own/1"]
-    with pytest.raises(UserError, match=r"a\.jsonl, row 3: .*'own/0'"):
-        list(items("gsm8k", write(tmp_path / "a.jsonl", [*rows, rows[0]])))
+def test_the_id_of_a_row_is_preserved(tmp_path: Path) -> None:
+    """It does not depend on the other rows; two items with one id would be merged."""
+    rows = [{**row, "id": f"row/{index}"} for index, row in enumerate(GSM8K)]
+    items = read_benchmark("gsm8k", write(tmp_path / "a.jsonl", rows))
+    assert [item.item_id for item in items] == ["row/0", "row/1"]
+    with pytest.raises(UserError, match=r"a\.jsonl, row 3: .*'row/0'"):
+        list(read_benchmark("gsm8k", write(tmp_path / "a.jsonl", [*rows, rows[0]])))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_hub_is_read_config_by_config(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub has a config a subject, in alphabetical order here; the split is handed on."""
-    asked: list[tuple[str, str | None, str]] = []
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_hub_is_read_config_by_config(
+    name: BenchmarkName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub has one config for each subject, read in alphabetical order; the split is passed."""
+    requests: list[tuple[str, str | None, str]] = []
 
-    def hub_rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-        asked.append((name, config, split))
-        yield from (dict(row) for row in ROWS[kind][:2])
+    def stream_hub(dataset: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+        requests.append((dataset, config, split))
+        yield from (dict(row) for row in ROWS[name][:2])
 
-    monkeypatch.setattr(benchmarks, "hub_rows", hub_rows)
-    found = list(items(kind, "some/name", "train"))
-    configs = {"gsm8k": ["main"], "math": sorted(MATH), "mmlu_stem": sorted(STEM)}[kind]
-    assert asked == [("some/name", config, "train") for config in configs]
-    subjects = [""] if kind == "gsm8k" else configs
-    assert [one.subject for one in found] == [subject for subject in subjects for _ in range(2)]
-    assert len({one.item_id for one in found}) == len(found)
-    assert all("-train-" in one.item_id for one in found)
+    monkeypatch.setattr(benchmarks, "stream_hub", stream_hub)
+    items = list(read_benchmark(name, "some/name", "train"))
+    configs = {
+        "gsm8k": ["main"],
+        "math": sorted(MATH_SUBJECTS),
+        "mmlu_stem": sorted(STEM_SUBJECTS),
+    }[name]
+    assert requests == [("some/name", config, "train") for config in configs]
+    subjects = [""] if name == "gsm8k" else configs
+    assert [item.subject for item in items] == [subject for subject in subjects for _ in range(2)]
+    assert len({item.item_id for item in items}) == len(items)
+    assert all("-train-" in item.item_id for item in items)
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "said"),
+    ("name", "rows", "message"),
     [
         ("gsm8k", [GSM8K[0], {"question": "?"}], r"row 2: no column 'answer'.*has question"),
         ("math", [{"problem": "?", "solution": "!"}], r"row 1: no column 'type'"),
         ("math", [{**PROBLEMS[0], "type": "Topology"}], r"row 1: type 'Topology'.*prealgebra"),
         ("mmlu_stem", [{**MMLU[0], "answer": 4}], r"row 1: .*answer 0 to 3.*4"),
         ("mmlu_stem", [{**MMLU[0], "choices": ["x"]}], r"row 1: expected four choices"),
-        ("mmlu_stem", [MMLU[1]], r"benchmarks\.mmlu_stem.*holds no item"),
-        ("gsm8k", [], r"benchmarks\.gsm8k.*holds no item"),
-        ("arc", GSM8K, r"unknown benchmark 'arc'; known: gsm8k, math, mmlu_stem"),
+        ("mmlu_stem", [MMLU[1]], r"benchmarks\.mmlu_stem.*has no item"),
+        ("gsm8k", [], r"benchmarks\.gsm8k.*has no item"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, rows: Rows, said: str) -> None:
-    """Somebody else's file, with the row and what to do."""
-    with pytest.raises(UserError, match=said):
-        list(items(kind, write(tmp_path / "a.jsonl", rows)))
+def test_malformed_rows_are_named(
+    tmp_path: Path, name: BenchmarkName, rows: Rows, message: str
+) -> None:
+    """With the row of the file, and what was expected there."""
+    with pytest.raises(UserError, match=message):
+        list(read_benchmark(name, write(tmp_path / "a.jsonl", rows)))
 
 
-def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    """A mistaken path must not end in a network error."""
+def test_a_missing_file_is_not_searched_on_the_hub(tmp_path: Path) -> None:
+    """A wrong path must not end in a network error."""
     with pytest.raises(UserError, match=r"benchmarks\.math: no such file.*absent\.jsonl\.gz"):
-        list(items("math", str(tmp_path / "absent.jsonl.gz")))
+        list(read_benchmark("math", str(tmp_path / "absent.jsonl.gz")))
 
 
-def test_the_section_of_params_is_checked() -> None:
-    """Before anything is read."""
-    assert benchmarks.chosen({"benchmarks": {}}) == {}
-    assert benchmarks.chosen({"benchmarks": {"math": "a/b"}}) == {"math": "a/b"}
-    for wrong in (None, ["math"], {"math": None}):
-        with pytest.raises(UserError, match="benchmarks must map kinds"):
-            benchmarks.chosen({"benchmarks": wrong})
-    with pytest.raises(UserError, match="unknown benchmark 'mmlu'"):
-        benchmarks.chosen({"benchmarks": {"mmlu": "a/b"}})
-
-
-def test_stem_is_what_lm_eval_takes_for_it() -> None:
-    """Our average over subjects is theirs."""
+def test_the_stem_subjects_are_those_of_lm_eval() -> None:
+    """The average over subjects is then comparable with lm-eval's."""
     folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "flan_cot_fewshot"
-    found: list[str] = []
+    subjects: list[str] = []
     for path in sorted(folder.glob("mmlu_*.yaml")):
         text = path.read_text("utf-8")
         if re.search(r"^tag: mmlu_flan_cot_fewshot_stem$", text, re.MULTILINE):
-            found += re.findall(r"^dataset_name: (\w+)$", text, re.MULTILINE)
-    assert list(STEM) == sorted(found)
-    assert len(STEM) == 19
+            subjects += re.findall(r"^dataset_name: (\w+)$", text, re.MULTILINE)
+    assert list(STEM_SUBJECTS) == sorted(subjects)
+    assert len(STEM_SUBJECTS) == 19
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "count"),
+    ("name", "file_name", "count"),
     [("gsm8k", "gsm8k_test", 1319), ("mmlu_stem", "mmlu_stem_test", 3153)],
 )
-def test_the_real_sets_are_read_whole(kind: str, name: str, count: int) -> None:
-    """As many items as their papers say, of every subject, and a gold for each."""
-    path = tiny.SHARED / "eval" / f"{name}.jsonl.gz"
+def test_the_original_sets_are_read_completely(
+    name: BenchmarkName, file_name: str, count: int
+) -> None:
+    """As many items as the papers report, of every subject, each with a solution."""
+    path = tiny.SHARED / "eval" / f"{file_name}.jsonl.gz"
     if not path.exists():
-        pytest.skip(f"{path} is not there")
-    found = list(items(kind, str(path)))
-    assert len({one.item_id for one in found}) == len(found) == count
-    if kind == "gsm8k":
-        assert all("\n#### " in one.solution for one in found)
+        pytest.skip(f"{path} does not exist; it is not part of the repository")
+    items = list(read_benchmark(name, str(path)))
+    assert len({item.item_id for item in items}) == len(items) == count
+    if name == "gsm8k":
+        assert all("\n#### " in item.solution for item in items)
     else:
-        assert set(Counter(one.subject for one in found)) == set(STEM)
-        assert {one.solution for one in found} == set("ABCD")
+        assert set(Counter(item.subject for item in items)) == set(STEM_SUBJECTS)
+        assert {item.solution for item in items} == set("ABCD")

@@ -1,6 +1,7 @@
-"""Sentences and chunks: nothing is lost, lengths follow their law, what is too long is cut."""
+"""Sentences and chunks: no text is lost, lengths are Poisson, chunks that are too long are cut."""
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,23 +12,25 @@ from hypothesis import strategies as st
 from scipy import stats
 from tokenizers.models import Unigram
 
+from boltlm.corpus import chunks
 from boltlm.corpus.chunks import (
     Chunker,
-    Chunking,
+    ChunkingConfig,
     LossyTextError,
-    chunk_sentences,
-    length_law,
-    sentences,
+    chunk_length_distribution,
+    sample_chunk_lengths,
+    split_sentences,
 )
 from boltlm.errors import UserError
-from boltlm.model.base import load_checkpoint, without_phantom_space
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
-from boltlm.tokens import EOL, MARKERS, SOL, TextCoder, most_chunk_tokens
-from tests import exact, tiny
+from boltlm.tokens import EOL, SOL, SPECIAL_TOKENS, TextCoder, chunk_token_budget
+from boltlm.training.base_model import load_checkpoint
+from boltlm.training.tokenizer import remove_leading_space
+from tests import reference, tiny
 
-PAPER = Chunking(mean_sentences=8, least_sentences=1, most_sentences=20)
-SHORT = Chunking(mean_sentences=1.5, least_sentences=1, most_sentences=3)
+PAPER = ChunkingConfig(mean_sentences=8, min_sentences=1, max_sentences=20)
+SHORT = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=3)
 
 BLANKS = [" ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0"]
 BLANKS += ["\u2003", "\u2028", "\u2029", "\u3000", "\u200b", "\ufeff", " \n \n "]
@@ -46,7 +49,7 @@ WORDS = [
     "👩‍🚀",
     "\x00",
 ]
-WORDS += [*MARKERS, "<s>", "</s>", "<unk>", "<0x4", tiny.BOS]
+WORDS += [*SPECIAL_TOKENS, "<s>", "</s>", "<unk>", "<0x4", tiny.BOS]
 TEXTS = st.lists(
     st.sampled_from(BLANKS + WORDS)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=6),
@@ -74,30 +77,44 @@ def coder(
         _, tokenizer = load_checkpoint(str(model))
     else:
         tokenizer = TOKENIZERS[request.param]()
-        without_phantom_space(tokenizer)
+        remove_leading_space(tokenizer)
     return TextCoder(tiny.coder_folder(tokenizer, tmp_path_factory.mktemp("coder")))
 
 
-def cut(
-    coder: TextCoder, text: str, most_tokens: int, doc_id: str = "d", config: Chunking = SHORT
+def chunk_text(
+    coder: TextCoder,
+    text: str,
+    max_chunk_tokens: int,
+    doc_id: str = "d",
+    config: ChunkingConfig = SHORT,
 ) -> tuple[list[Chunk], int]:
-    """A text's chunks, and how many were counted as cut."""
-    chunker = Chunker(config, coder, most_tokens, seed=1)
+    """The chunks of a text, and the chunker's count of those that it had to cut."""
+    chunker = Chunker(config, coder, max_chunk_tokens, seed=1)
     return chunker.chunks(Document(doc_id=doc_id, text=text, source="tests")), chunker.cut_chunks
 
 
-@pytest.mark.timeout(5)
-def test_a_page_of_initials_takes_no_longer_than_another() -> None:
-    """An index of names must not hang the stage: the search for an abbreviation looks at a
-    sentence's end, not at all of it again for every full stop."""
+def test_a_page_of_initials_takes_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of names must not hang the stage: the search for an abbreviation examines the end
+    of a sentence, and not the complete sentence again for each full stop."""
+    examined: list[int] = []
+
+    class RecordingPattern:
+        def search(self, text: str) -> re.Match[str] | None:
+            examined.append(len(text))
+            return pattern.search(text)
+
+    pattern = chunks._NO_END
+    monkeypatch.setattr(chunks, "_NO_END", RecordingPattern())
     text = "A. " * 20_000
-    assert "".join(sentences(text)) == text
+    assert "".join(split_sentences(text)) == text
+    assert len(examined) == 20_000
+    assert max(examined) <= 16
 
 
 @given(TEXTS)
 def test_sentences_join_back(text: str) -> None:
-    """A byte lost between sentences would be lost to every later stage."""
-    pieces = sentences(text)
+    """A byte that is lost between sentences is lost in every later stage."""
+    pieces = split_sentences(text)
     assert "".join(pieces) == text
     assert all(pieces)
     assert all(piece.strip() for piece in pieces) or not text.strip()
@@ -119,165 +136,167 @@ def test_sentences_join_back(text: str) -> None:
         ("Wait... what?! Yes…", ["Wait...", " what?!", " Yes…"]),
     ],
 )
-def test_sentences_end_where_a_reader_says(text: str, pieces: list[str]) -> None:
-    """Joining back alone would also hold for text that is never cut."""
-    assert sentences(text) == pieces
+def test_sentences_end_where_a_reader_expects(text: str, pieces: list[str]) -> None:
+    """Joining to the original text also holds for a text that is never split."""
+    assert split_sentences(text) == pieces
 
 
-def may_refuse(coder: TextCoder, text: str) -> bool:
-    """A Unigram model's own vocabulary holds these as pieces, and takes them from plain text."""
-    pieces = isinstance(coder.tokenizer.model, Unigram)
-    return pieces and any(name in text for name in ("<s>", "</s>"))
+def may_be_lossy(coder: TextCoder, text: str) -> bool:
+    """The vocabulary of a Unigram model contains these strings, and it finds them in plain text."""
+    is_unigram = isinstance(coder.tokenizer.model, Unigram)
+    return is_unigram and any(name in text for name in ("<s>", "</s>"))
 
 
-@given(text=TEXTS, most_tokens=st.integers(8, 40))
-def test_chunks_give_the_document_back(coder: TextCoder, text: str, most_tokens: int) -> None:
-    """SPEC 2: chunks join to the text, their ids decode to it, and each fits, in every family
-    of tokenizers; text that looks like a special token stays text."""
+@given(text=TEXTS, max_chunk_tokens=st.integers(8, 40))
+def test_chunks_reproduce_the_document(coder: TextCoder, text: str, max_chunk_tokens: int) -> None:
+    """For every family of tokenizers: the chunks join to the text, their ids decode to it, each
+    chunk fits, and text that looks like a special token stays text (docs/method.md, 2.3)."""
     try:
-        made, _ = cut(coder, text, most_tokens)
+        chunk_list, _ = chunk_text(coder, text, max_chunk_tokens)
     except LossyTextError:
-        assert may_refuse(coder, text)
+        assert may_be_lossy(coder, text)
         return
-    assert "".join(chunk.text for chunk in made) == text
-    assert coder.decode([token for chunk in made for token in chunk.tokens]) == text
-    assert [chunk.chunk for chunk in made] == list(range(len(made)))
-    m = coder.markers
-    for chunk in made:
+    assert "".join(chunk.text for chunk in chunk_list) == text
+    assert coder.decode([token for chunk in chunk_list for token in chunk.tokens]) == text
+    assert [chunk.chunk for chunk in chunk_list] == list(range(len(chunk_list)))
+    m = coder.special_tokens
+    for chunk in chunk_list:
         assert list(chunk.tokens) == coder.encode(chunk.text)
-        assert 1 <= len(chunk.tokens) <= most_tokens
+        assert 1 <= len(chunk.tokens) <= max_chunk_tokens
         assert not {m.bos, m.eos, m.sol, m.eol, m.prior, m.post} & set(chunk.tokens)
 
 
 def test_text_that_names_the_special_tokens_stays_text(coder: TextCoder) -> None:
-    """A page about this very project must not open a latent, nor one about SentencePiece end a
-    document; where the vocabulary leaves no other way, such a page is left out."""
-    m = coder.markers
-    for text in (*MARKERS, f"a{SOL}b{EOL}", "<s>", "a </s> b", tiny.BOS, tiny.EOS):
+    """A page about this project must not start a latent, and a page about SentencePiece must not
+    end a document. Where the vocabulary allows no other encoding, such a page is dropped."""
+    m = coder.special_tokens
+    for text in (*SPECIAL_TOKENS, f"a{SOL}b{EOL}", "<s>", "a </s> b", tiny.BOS, tiny.EOS):
         try:
-            made, _ = cut(coder, text, 100)
+            chunk_list, _ = chunk_text(coder, text, 100)
         except LossyTextError:
-            assert may_refuse(coder, text)
+            assert may_be_lossy(coder, text)
             continue
-        tokens = [token for chunk in made for token in chunk.tokens]
+        tokens = [token for chunk in chunk_list for token in chunk.tokens]
         assert coder.decode(tokens) == text
         assert not {m.bos, m.eos, m.sol, m.eol, m.prior, m.post} & set(tokens)
 
 
 def test_a_run_of_rare_characters_can_be_cut(coder: TextCoder) -> None:
-    """A tokenizer may give one offset to the bytes of many characters it does not know (Unigram
-    fuses them); a page in another script must not end the stage."""
+    """A tokenizer may assign one offset to the bytes of several unknown characters, as Unigram
+    does, which fuses them. A page in another script must not stop the stage."""
     text = "the 数学は楽しい𐀀𐀀𐀀 end"
-    made, counted = cut(coder, text, 8)
-    assert "".join(chunk.text for chunk in made) == text
-    assert counted == 1
-    assert max(len(chunk.tokens) for chunk in made) <= 8
+    chunk_list, cut_count = chunk_text(coder, text, 8)
+    assert "".join(chunk.text for chunk in chunk_list) == text
+    assert cut_count == 1
+    assert max(len(chunk.tokens) for chunk in chunk_list) <= 8
 
 
 def test_encoding_alone_adds_no_space(coder: TextCoder) -> None:
-    """The phantom space of SentencePiece would appear at every chunk's edge."""
+    """The space that SentencePiece prepends would appear at the start of every chunk."""
     assert coder.decode([*coder.encode("th"), *coder.encode("e"), *coder.encode(" e")]) == "the e"
 
 
-def test_text_that_cannot_be_given_back_is_refused(tmp_path: Path) -> None:
-    """▁ means a space to SentencePiece; such a page must be left out, not changed."""
+def test_text_that_cannot_be_reproduced_is_refused(tmp_path: Path) -> None:
+    """SentencePiece reads ▁ as a space; a page that has one must be dropped, not changed."""
     tokenizer = tiny.sentencepiece_bpe()
-    without_phantom_space(tokenizer)
+    remove_leading_space(tokenizer)
     coder = TextCoder(tiny.coder_folder(tokenizer, tmp_path))
     with pytest.raises(LossyTextError, match="page 7"):
-        cut(coder, "a ▁ b", 50, doc_id="page 7")
+        chunk_text(coder, "a ▁ b", 50, doc_id="page 7")
 
 
-def test_a_tokenizer_with_its_phantom_space_would_be_refused(tmp_path: Path) -> None:
-    """Shows that the property above rests on without_phantom_space."""
+def test_a_tokenizer_that_prepends_a_space_is_not_reversible(tmp_path: Path) -> None:
+    """The property above depends on `remove_leading_space`."""
     coder = TextCoder(tiny.coder_folder(tiny.sentencepiece_bpe(), tmp_path))
     assert coder.decode([*coder.encode("a"), *coder.encode("b")]) == "a b"
 
 
 @pytest.mark.parametrize(
-    "config", [PAPER, Chunking(mean_sentences=8, least_sentences=2, most_sentences=10)]
+    "config", [PAPER, ChunkingConfig(mean_sentences=8, min_sentences=2, max_sentences=10)]
 )
-def test_lengths_are_a_truncated_poisson(config: Chunking) -> None:
-    """SPEC 2: redrawn outside the range, so the ends carry no piled-up mass. χ² at 10⁻⁴."""
+def test_lengths_are_a_truncated_poisson(config: ChunkingConfig) -> None:
+    """Lengths outside the range are drawn again, so that no mass accumulates at its ends
+    (docs/method.md, 2.2). χ² test at level 10⁻⁴."""
     count = 150_000
-    lengths = chunk_sentences(count, config, generator(1, "law"))
+    lengths = sample_chunk_lengths(count, config, generator(1, "law"))
     assert sum(lengths) == count
-    support = np.arange(config.least_sentences, config.most_sentences + 1)
-    law = stats.poisson.pmf(support, config.mean_sentences)
-    law /= law.sum()
-    np.testing.assert_allclose(length_law(config), law, rtol=1e-12)
-    seen = Counter(lengths[:-1])  # the last takes what is left
+    support = np.arange(config.min_sentences, config.max_sentences + 1)
+    probabilities = stats.poisson.pmf(support, config.mean_sentences)
+    probabilities /= probabilities.sum()
+    np.testing.assert_allclose(chunk_length_distribution(config), probabilities, rtol=1e-12)
+    seen = Counter(lengths[:-1])  # the last one takes the remainder
     assert set(seen) <= set(support.tolist())
     observed = np.array([seen[int(n)] for n in support])
-    expected = law * (len(lengths) - 1)
-    assert exact.chi2(observed, expected) > 1e-4
-    top, expected_top = observed[-1], expected[-1]
-    assert abs(top - expected_top) <= 4 * np.sqrt(expected_top) + 1
+    expected = probabilities * (len(lengths) - 1)
+    assert reference.chi2(observed, expected) > 1e-4
+    assert abs(observed[-1] - expected[-1]) <= 4 * np.sqrt(expected[-1]) + 1
 
 
 @given(count=st.integers(0, 60), seed=st.integers(0, 1000))
 def test_lengths_sum_to_the_document(count: int, seed: int) -> None:
-    """The last chunk is cut short, never made up or dropped; only it may be below the least."""
-    config = Chunking(mean_sentences=3, least_sentences=2, most_sentences=5)
-    lengths = chunk_sentences(count, config, generator(seed, "lengths"))
+    """The last chunk is shortened, never extended or dropped; only it may be below the minimum."""
+    config = ChunkingConfig(mean_sentences=3, min_sentences=2, max_sentences=5)
+    lengths = sample_chunk_lengths(count, config, generator(seed, "lengths"))
     assert sum(lengths) == count
     assert all(2 <= length <= 5 for length in lengths[:-1])
     assert all(1 <= length <= 5 for length in lengths)
 
 
 def test_chunks_are_whole_sentences(base_coder: TextCoder) -> None:
-    """Where everything fits, edges of chunks are edges of sentences and lengths are in range."""
+    """If everything fits, chunks end where sentences end, and their lengths are in range."""
     text = " ".join(f"Sentence number {n} is here." for n in range(200))
-    made, counted = cut(base_coder, text, 10_000)
-    ends = set(itertools.accumulate(map(len, sentences(text))))
-    assert counted == 0
-    assert set(itertools.accumulate(len(chunk.text) for chunk in made)) <= ends
-    assert {len(sentences(chunk.text)) for chunk in made[:-1]} == {1, 2, 3}
+    chunk_list, cut_count = chunk_text(base_coder, text, 10_000)
+    ends = set(itertools.accumulate(map(len, split_sentences(text))))
+    assert cut_count == 0
+    assert set(itertools.accumulate(len(chunk.text) for chunk in chunk_list)) <= ends
+    assert {len(split_sentences(chunk.text)) for chunk in chunk_list[:-1]} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("most_tokens", [1, 7, 30, 80])
-def test_long_chunks_are_cut_and_counted(base_coder: TextCoder, most_tokens: int) -> None:
-    """Nothing is truncated, and the count is of the chunks that the limit cut."""
+@pytest.mark.parametrize("max_chunk_tokens", [1, 7, 30, 80])
+def test_long_chunks_are_cut_and_counted(base_coder: TextCoder, max_chunk_tokens: int) -> None:
+    """Nothing is truncated, and the count is the number of chunks that exceeded the limit."""
     text = " ".join(f"Sentence {n} has {'many ' * (n % 9)}words." for n in range(60))
-    whole, none_cut = cut(base_coder, text, 10_000)
-    made, counted = cut(base_coder, text, most_tokens)
-    assert none_cut == 0
-    assert counted == sum(len(chunk.tokens) > most_tokens for chunk in whole) > 0
-    assert max(len(chunk.tokens) for chunk in made) <= most_tokens
-    assert "".join(chunk.text for chunk in made) == text
-    edges = set(itertools.accumulate(len(chunk.text) for chunk in whole))
-    assert edges <= set(itertools.accumulate(len(chunk.text) for chunk in made))
+    uncut, uncut_count = chunk_text(base_coder, text, 10_000)
+    chunk_list, cut_count = chunk_text(base_coder, text, max_chunk_tokens)
+    assert uncut_count == 0
+    assert cut_count == sum(len(chunk.tokens) > max_chunk_tokens for chunk in uncut) > 0
+    assert max(len(chunk.tokens) for chunk in chunk_list) <= max_chunk_tokens
+    assert "".join(chunk.text for chunk in chunk_list) == text
+    edges = set(itertools.accumulate(len(chunk.text) for chunk in uncut))
+    assert edges <= set(itertools.accumulate(len(chunk.text) for chunk in chunk_list))
 
 
 def test_a_long_chunk_is_cut_at_a_sentence_where_one_fits(base_coder: TextCoder) -> None:
-    """Cutting inside a sentence is the last resort."""
-    config = Chunking(mean_sentences=9, least_sentences=9, most_sentences=9)
+    """A sentence is cut only if it does not fit by itself."""
+    config = ChunkingConfig(mean_sentences=9, min_sentences=9, max_sentences=9)
     pieces = ["One short.", " Two short.", " Three short."]
     limit = len(base_coder.encode("".join(pieces[:2])))
-    made, counted = cut(base_coder, "".join(pieces), limit, config=config)
-    assert [chunk.text for chunk in made] == ["".join(pieces[:2]), pieces[2]]
-    assert counted == 1
+    chunk_list, cut_count = chunk_text(base_coder, "".join(pieces), limit, config=config)
+    assert [chunk.text for chunk in chunk_list] == ["".join(pieces[:2]), pieces[2]]
+    assert cut_count == 1
 
 
-def test_a_character_wider_than_the_room_is_an_error(base_coder: TextCoder) -> None:
-    """Cutting can't go below a character; an endless loop or a lost one would be worse."""
+def test_a_character_that_does_not_fit_is_an_error(base_coder: TextCoder) -> None:
+    """A character cannot be cut; an endless loop or a lost character would be worse."""
     with pytest.raises(UserError, match="single character"):
-        cut(base_coder, "x 👩‍🚀 y", 2)
+        chunk_text(base_coder, "x 👩‍🚀 y", 2)
 
 
 @pytest.mark.parametrize("max_latent_tokens", [122, 123, 500])
-def test_a_window_with_no_room_is_an_error(base_coder: TextCoder, max_latent_tokens: int) -> None:
-    """Caught before the first document, with what to change. The window is 128, six tokens go
-    to BOS, SoL, EoL, SoL, Post and the latent's EoL."""
-    room = most_chunk_tokens(base_coder.window, max_latent_tokens)
-    assert room == 122 - max_latent_tokens
+def test_a_context_without_space_for_a_chunk_is_an_error(
+    base_coder: TextCoder, max_latent_tokens: int
+) -> None:
+    """The error comes before the first document and names what to change. The context length is
+    128; BOS, SoL, EoL, SoL, Post and the latent's EoL take six tokens."""
+    token_budget = chunk_token_budget(base_coder.context_length, max_latent_tokens)
+    assert token_budget == 122 - max_latent_tokens
     with pytest.raises(UserError, match="max_latent_tokens"):
-        Chunker(SHORT, base_coder, room, seed=1)
-    assert most_chunk_tokens(base_coder.window, 121) == 1
+        Chunker(SHORT, base_coder, token_budget, seed=1)
+    assert chunk_token_budget(base_coder.context_length, 121) == 1
 
 
 def test_a_documents_chunks_depend_on_nothing_else(base_coder: TextCoder) -> None:
-    """SPEC 2: neither other documents nor their order change what a document draws."""
+    """Neither other documents nor their order change a document's chunks (docs/method.md, 2.5)."""
     text = " ".join(f"Sentence {n}." for n in range(40))
     documents = [Document(doc_id=f"d{i}", text=text, source="tests") for i in range(12)]
 
@@ -288,13 +307,13 @@ def test_a_documents_chunks_depend_on_nothing_else(base_coder: TextCoder) -> Non
     together = lengths(documents)
     assert lengths(documents[::-1]) == together
     assert lengths([documents[7]]) == {"d7": together["d7"]}
-    assert len({tuple(found) for found in together.values()}) > 6
+    assert len({tuple(document_lengths) for document_lengths in together.values()}) > 6
     other = Chunker(SHORT, base_coder, 100, seed=2)
     assert any([len(c.text) for c in other.chunks(d)] != together[d.doc_id] for d in documents)
 
 
 def test_impossible_lengths_are_an_error() -> None:
-    """A mean of 0 or an empty range would only fail deep inside numpy."""
-    for mean, least, most in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
+    """Otherwise a mean of 0 or an empty range would fail inside numpy."""
+    for mean, minimum, maximum in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
         with pytest.raises(UserError, match="sentences"):
-            Chunking(mean_sentences=mean, least_sentences=least, most_sentences=most)
+            ChunkingConfig(mean_sentences=mean, min_sentences=minimum, max_sentences=maximum)

@@ -1,9 +1,10 @@
-"""Sources: the same documents from every kind of file, in an order that no file order changes."""
+"""Sources: the same documents from every file format, shuffled by their ids."""
 
 import gzip
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import sources
-from boltlm.corpus.sources import GSM8K, Columns, Files, Hub, Pieces
+from boltlm.corpus.corpora import CorpusEntry
+from boltlm.corpus.sources import (
+    ColumnMapping,
+    CorpusSource,
+    FilesSource,
+    GSM8KSource,
+    HubSource,
+    PieceColumns,
+)
 from boltlm.errors import UserError
+from boltlm.params import build_settings
 from boltlm.records import Document
 from tests import tiny
 
-COLUMNS = Columns(text="body", doc_id="key", latent="thought", pieces=None)
+COLUMNS = ColumnMapping(text="body", doc_id="key", latent="thought", pieces=None)
+TEXT_COLUMN = ColumnMapping(text="body", doc_id=None, latent=None, pieces=None)
 ROWS: list[dict[str, Any]] = [
     {"body": f"Text {i}.\n\x85 é \r\nEnd\u2028", "key": f"k{i}", "thought": f"because {i}"}
     for i in range(40)
@@ -42,15 +53,22 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def files_source(path: str) -> FilesSource:
+    """MAIN with another path."""
+    return FilesSource(kind="files", path=path, columns=TEXT_COLUMN, shuffle_buffer=0)
+
+
 def files(
-    path: Path | str, columns: Columns = COLUMNS, shuffle_buffer: int = 0, seed: int = 1
+    path: Path | str, columns: ColumnMapping = COLUMNS, shuffle_buffer: int = 0, seed: int = 1
 ) -> list[Document]:
-    config = Files(kind="files", path=str(path), columns=columns, shuffle_buffer=shuffle_buffer)
-    return list(sources.documents(config, seed))
+    config = FilesSource(
+        kind="files", path=str(path), columns=columns, shuffle_buffer=shuffle_buffer
+    )
+    return list(sources.read_documents(config, seed))
 
 
-def ids(found: list[Document]) -> list[str]:
-    return [document.doc_id for document in found]
+def ids(documents: list[Document]) -> list[str]:
+    return [document.doc_id for document in documents]
 
 
 WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
@@ -61,42 +79,40 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_files_of_every_kind_give_the_same_documents(tmp_path: Path, name: str) -> None:
-    """The format on disk is not part of the experiment; text passes byte for byte."""
-    found = files(WRITERS[name](tmp_path / name, ROWS))
-    assert found == [
+def test_every_file_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    """The file format is not part of the experiment; the text is preserved exactly."""
+    assert files(WRITERS[name](tmp_path / name, ROWS)) == [
         Document(doc_id=row["key"], text=row["body"], source=name, latent=row["thought"])
         for row in ROWS
     ]
 
 
 def test_columns_may_be_absent(tmp_path: Path) -> None:
-    """Without an id column a document is named after its file and place, without latent: None."""
+    """Without a column of ids, the id is made of file and row; without latents, they are None."""
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[:2])
-    found = files(path, Columns(text="body", doc_id=None, latent=None, pieces=None))
-    assert ids(found) == ["a.jsonl:0", "a.jsonl:1"]
-    assert [document.latent for document in found] == [None, None]
+    documents = files(path, TEXT_COLUMN)
+    assert ids(documents) == ["a.jsonl:0", "a.jsonl:1"]
+    assert [document.latent for document in documents] == [None, None]
 
 
 def test_a_pattern_takes_every_file_in_order(tmp_path: Path) -> None:
-    """A corpus in several files is one corpus, whatever order the disk lists them in."""
+    """Several files are one corpus, whatever the order in which the file system lists them."""
     for part in (2, 0, 1):
         write_jsonl(tmp_path / f"part{part}.jsonl", ROWS[part * 10 : part * 10 + 10])
     assert ids(files(tmp_path / "part*.jsonl")) == [f"k{i}" for i in range(30)]
 
 
-def test_files_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
-    """Every later stage joins by doc_id: two documents of one id would be merged."""
-    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
+def test_files_with_one_name_in_two_folders_have_different_ids(tmp_path: Path) -> None:
+    """Every later stage joins by doc_id and would merge two documents with one id."""
     for folder in ("algebra", "calculus"):
         write_jsonl(tmp_path / folder / "train.jsonl", ROWS[:3])
-    found = files(tmp_path / "*" / "train.jsonl", columns)
-    assert len(set(ids(found))) == len(found) == 6
+    documents = files(tmp_path / "*" / "train.jsonl", TEXT_COLUMN)
+    assert len(set(ids(documents))) == len(documents) == 6
 
 
 def test_a_large_buffer_shuffles_by_id_alone(tmp_path: Path) -> None:
-    """As large as the corpus, it gives one order whatever order the files hold; another seed
-    gives another."""
+    """If the buffer is as large as the corpus, the order does not depend on that in the file, but
+    does depend on the seed."""
     forward = write_jsonl(tmp_path / "forward.jsonl", ROWS)
     backward = write_parquet(tmp_path / "backward.parquet", ROWS[::-1])
     shuffled = ids(files(forward, shuffle_buffer=len(ROWS)))
@@ -109,26 +125,27 @@ def test_a_large_buffer_shuffles_by_id_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("buffer", [0, 1, 7, 39])
 def test_a_small_buffer_loses_nothing(tmp_path: Path, buffer: int) -> None:
-    """A document still held when the source ends must come out."""
+    """A document that is in the buffer when the source ends must be yielded."""
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     assert sorted(ids(files(path, shuffle_buffer=buffer))) == sorted(row["key"] for row in ROWS)
 
 
 def test_a_small_buffer_still_shuffles_late_documents(tmp_path: Path) -> None:
-    """Of a long source a buffer must go on shuffling: behind a buffer of B a document waits for
-    about B others, and about 1 in B leaves the moment it arrives."""
+    """Shuffling continues throughout a long source: with a buffer of B, a document waits for about
+    B others, and about 1 in B documents is yielded as soon as it is replaced."""
     rows = [{"body": "x", "key": f"{i:05d}", "thought": ""} for i in range(4000)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     order = [int(key) for key in ids(files(path, shuffle_buffer=50))]
     late = order[2000:3900]
-    at_once = sum(key == place + 50 for place, key in enumerate(late, 2000))
-    assert at_once / len(late) < 0.1
+    unshuffled = sum(key == index + 50 for index, key in enumerate(late, 2000))
+    assert unshuffled / len(late) < 0.1
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("column", ["text", "doc_id", "latent"])
 def test_a_wrong_column_is_named(tmp_path: Path, name: str, column: str) -> None:
-    """The commonest mistake with a new data set: name the column, the file, and what it has."""
+    """The most common mistake with a new data set: the error names the column, the file, and the
+    columns that exist."""
     path = WRITERS[name](tmp_path / name, ROWS)
     names: dict[str, Any] = {
         "text": "body",
@@ -138,7 +155,7 @@ def test_a_wrong_column_is_named(tmp_path: Path, name: str, column: str) -> None
         column: "absent",
     }
     with pytest.raises(UserError, match=rf"{name}.*'absent'.*body, key, thought"):
-        files(path, Columns(**names))
+        files(path, ColumnMapping(**names))
 
 
 def test_a_column_that_is_not_text_is_named(tmp_path: Path) -> None:
@@ -152,12 +169,14 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
     """Before anything is trained."""
     with pytest.raises(UserError, match=r"nowhere.*no such file"):
         files(tmp_path / "nowhere*.jsonl")
-    config = GSM8K(kind="gsm8k", path=str(tmp_path / "nowhere"), split="train", shuffle_buffer=0)
+    config = GSM8KSource(
+        kind="gsm8k", path=str(tmp_path / "nowhere"), split="train", shuffle_buffer=0
+    )
     with pytest.raises(UserError, match="nowhere"):
-        list(sources.documents(config, 1))
+        list(sources.read_documents(config, 1))
 
 
-BROKEN = {
+CORRUPT = {
     "text.jsonl": b'{"body": "x"}\nnot json\n',
     "list.jsonl": b'{"body": "x"}\n[1, 2]\n',
     "latin.jsonl": b'{"body": "\xe9"}\n',
@@ -168,20 +187,20 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
-    """A damaged download must say which file it is, not show a traceback."""
-    (tmp_path / name).write_bytes(BROKEN[name])
+@pytest.mark.parametrize("name", CORRUPT)
+def test_a_corrupt_file_is_named(tmp_path: Path, name: str) -> None:
+    """An incomplete or corrupt download must end in an error that names the file."""
+    (tmp_path / name).write_bytes(CORRUPT[name])
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
-        files(tmp_path / name, Columns(text="body", doc_id=None, latent=None, pieces=None))
+        files(tmp_path / name, TEXT_COLUMN)
 
 
-def test_a_broken_line_is_numbered(tmp_path: Path) -> None:
-    """In a file of millions of lines the number is what helps."""
+def test_a_corrupt_line_is_numbered(tmp_path: Path) -> None:
+    """In a file of millions of lines the number is needed to find it."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "x"}\n\n{"body": \n', encoding="utf-8")
     with pytest.raises(UserError, match="line 3"):
-        files(path, Columns(text="body", doc_id=None, latent=None, pieces=None))
+        files(path, TEXT_COLUMN)
 
 
 def gsm8k_row(question: str, answer: str) -> dict[str, str]:
@@ -194,15 +213,15 @@ GSM8K_ROWS = [
 ]
 
 
-def gsm8k(tmp_path: Path, rows: list[dict[str, str]]) -> GSM8K:
+def gsm8k(tmp_path: Path, rows: list[dict[str, str]]) -> GSM8KSource:
     path = write_jsonl(tmp_path / "gsm8k.jsonl", rows)
-    return GSM8K(kind="gsm8k", path=str(path), split="test", shuffle_buffer=0)
+    return GSM8KSource(kind="gsm8k", path=str(path), split="test", shuffle_buffer=0)
 
 
 def test_gsm8k_is_question_answer_and_derivation(tmp_path: Path) -> None:
-    """The calculator's marks are no thought; the answer is what stands behind ####."""
+    """The calculator annotations are removed; the answer is what follows ####."""
     config = gsm8k(tmp_path, GSM8K_ROWS)
-    first, second = sources.documents(config, 1)
+    first, second = sources.read_documents(config, 1)
     assert first == Document(
         doc_id="gsm8k-test-00000",
         text="How many?\nThe answer is 7.",
@@ -210,31 +229,31 @@ def test_gsm8k_is_question_answer_and_derivation(tmp_path: Path) -> None:
         latent="He has 2*3=6.\nThen 6+1=7.",
     )
     assert second.text == "What costs it?\nThe answer is 1,000."
-    asked = list(sources.questions(config, 1))
-    assert [(q.prompt, q.answer) for q in asked] == [
+    questions = list(sources.read_questions(config, 1))
+    assert [(q.prompt, q.answer) for q in questions] == [
         ("How many?", "7"),
         ("What costs it?", "1,000"),
     ]
-    assert asked[0].latent == first.latent
+    assert questions[0].latent == first.latent
 
 
-def test_a_gsm8k_row_without_its_mark_is_named(tmp_path: Path) -> None:
-    """A derivation taken for an answer would be trained on."""
+def test_a_gsm8k_row_without_the_answer_mark_is_named(tmp_path: Path) -> None:
+    """A derivation that is mistaken for an answer would become training text."""
     with pytest.raises(UserError, match=r"####.*so seven"):
-        list(sources.documents(gsm8k(tmp_path, [gsm8k_row("How many?", "so seven")]), 1))
+        list(sources.read_documents(gsm8k(tmp_path, [gsm8k_row("How many?", "so seven")]), 1))
     with pytest.raises(UserError, match="'question' and 'answer'"):
-        list(sources.questions(gsm8k(tmp_path, [{"question": "x"}]), 1))
+        list(sources.read_questions(gsm8k(tmp_path, [{"question": "x"}]), 1))
 
 
-def test_the_real_gsm8k_parses() -> None:
-    """Every row of the real file has a derivation free of marks and a short final answer."""
+def test_the_original_gsm8k_parses() -> None:
+    """Every row of the original file has a derivation without annotations and a numeric answer."""
     path = tiny.SHARED / "eval" / "gsm8k_test.jsonl.gz"
     if not path.is_file():
-        pytest.skip(f"{path} is not there; GSM8K is not part of the repository")
-    config = GSM8K(kind="gsm8k", path=str(path), split="test", shuffle_buffer=0)
-    asked = list(sources.questions(config, 1))
-    assert len(asked) == 1319
-    for question in asked:
+        pytest.skip(f"{path} does not exist; GSM8K is not part of the repository")
+    config = GSM8KSource(kind="gsm8k", path=str(path), split="test", shuffle_buffer=0)
+    questions = list(sources.read_questions(config, 1))
+    assert len(questions) == 1319
+    for question in questions:
         assert question.latent
         assert "<<" not in question.latent
         assert ">>" not in question.latent
@@ -249,25 +268,34 @@ MAIN: dict[str, Any] = {
 }
 
 
-def params(corpus: Mapping[str, Any], **overrides: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorporaSettings:
+    """The section `corpora` alone."""
+
+    corpora: Mapping[str, CorpusEntry]
+
+
+def corpus_sources(**overrides: Mapping[str, Any]) -> dict[str, CorpusSource]:
+    """The sources of corpora whose entries have these `source` sections, with MAIN as `corpus`."""
     corpora = {name: {"documents": 1, "source": source} for name, source in overrides.items()}
-    return {"seed": 1, "corpus": corpus, "corpora": corpora}
+    params = {"corpus": MAIN, "corpora": corpora}
+    entries = build_settings(CorporaSettings, params).corpora
+    return {name: entry.source for name, entry in entries.items()}
 
 
-def test_a_corpus_lays_its_keys_over_the_main_source() -> None:
-    """Of the same kind, what is not said is as in `corpus`; another kind stands alone."""
+def test_a_corpus_overrides_keys_of_the_main_source() -> None:
+    """If the kind is the same, keys that are not given are those of `corpus`; a source of another
+    kind must be complete."""
     other = {"kind": "gsm8k", "path": None, "split": "train", "shuffle_buffer": 0}
-    found = params(MAIN, same={}, moved={"path": "b.jsonl"}, other=other)
-    same = sources.source(found, "same")
-    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
-    assert same == Files(kind="files", path="a.jsonl", columns=columns, shuffle_buffer=0)
-    moved = sources.source(found, "moved")
-    assert moved == Files(kind="files", path="b.jsonl", columns=columns, shuffle_buffer=0)
-    assert isinstance(sources.source(found, "other"), GSM8K)
+    assert corpus_sources(same={}, moved={"path": "b.jsonl"}, other=other) == {
+        "same": files_source("a.jsonl"),
+        "moved": files_source("b.jsonl"),
+        "other": GSM8KSource(kind="gsm8k", path=None, split="train", shuffle_buffer=0),
+    }
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("override", "message"),
     [
         ({"kind": "web"}, r"corpora\.x\.source.*kind.*'web'"),
         ({"kind": "gsm8k"}, r"missing key corpora\.x\.source\.path"),
@@ -275,20 +303,17 @@ def test_a_corpus_lays_its_keys_over_the_main_source() -> None:
         ({"path": 3}, r"corpora\.x\.source\.path must be of type str"),
     ],
 )
-def test_a_wrong_source_names_its_key(override: dict[str, Any], named: str) -> None:
-    """A typing mistake in params.yaml must not fall back to the main source."""
-    with pytest.raises(UserError, match=named):
-        sources.source(params(MAIN, x=override), "x")
+def test_a_wrong_source_names_its_key(override: dict[str, Any], message: str) -> None:
+    """A misspelt key in params.yaml must not fall back to the main source."""
+    with pytest.raises(UserError, match=message):
+        corpus_sources(x=override)
 
 
 def test_kinds_without_questions_say_so() -> None:
-    """Plain files hold no questions; the remedy is in the message."""
-    columns = Columns(text="body", doc_id=None, latent=None, pieces=None)
-    config = Files(kind="files", path="a.jsonl", columns=columns, shuffle_buffer=0)
+    """Plain files have no questions; the message says what to do."""
     with pytest.raises(UserError, match=r"'files'.*questions\.count"):
-        sources.questions(config, 1)
-    made = list(itertools.islice(sources.questions(tiny.pages(), 1), 3))
-    assert len(made) == 3
+        sources.read_questions(files_source("a.jsonl"), 1)
+    assert len(list(itertools.islice(sources.read_questions(tiny.pages(), 1), 3))) == 3
 
 
 CHUNKS = [
@@ -298,11 +323,11 @@ CHUNKS = [
 ]
 
 
-def test_latents_by_piece_go_to_the_sentences_that_begin_in_it(tmp_path: Path) -> None:
-    """As the authors' released data have them: a list of chunks, each with its own latent."""
+def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Path) -> None:
+    """The format of the authors' released data: a list of chunks, each with its own latent."""
     text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
-    names = Pieces(column="chunks", text="suffix", latent="latent")
-    columns = Columns(text="text", doc_id=None, latent=None, pieces=names)
+    names = PieceColumns(column="chunks", text="suffix", latent="latent")
+    columns = ColumnMapping(text="text", doc_id=None, latent=None, pieces=names)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text, "chunks": CHUNKS}) + "\n", encoding="utf-8")
     (document,) = files(path, columns)
@@ -316,26 +341,28 @@ def test_latents_by_piece_go_to_the_sentences_that_begin_in_it(tmp_path: Path) -
             files(path, columns)
 
 
-def hub(name: str) -> Hub:
-    pieces = Pieces(column="chunks", text="suffix", latent="latent")
-    columns = Columns(text="text", doc_id="id", latent=None, pieces=pieces)
-    return Hub(kind="hub", name=name, config=None, split="train", columns=columns, shuffle_buffer=0)
+def hub(name: str) -> HubSource:
+    pieces = PieceColumns(column="chunks", text="suffix", latent="latent")
+    columns = ColumnMapping(text="text", doc_id="id", latent=None, pieces=pieces)
+    return HubSource(
+        kind="hub", name=name, config=None, split="train", columns=columns, shuffle_buffer=0
+    )
 
 
 def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
-    """Through the real library, which takes a folder where it takes a name; rows in the form of the
-    authors' released data."""
+    """With the `datasets` library, which accepts a folder in place of a name; the rows have the
+    format of the authors' released data."""
     text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
     rows = [{"id": f"r{i}", "text": text, "chunks": CHUNKS} for i in range(5)]
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
-    found = list(sources.documents(hub(str(tmp_path / "set")), seed=1))
-    assert [document.doc_id for document in found] == [f"r{i}" for i in range(5)]
-    assert {document.text for document in found} == {text}
-    assert found[0].thoughts == ("why one and two", "why one and two", "why three", "")
+    documents = list(sources.read_documents(hub(str(tmp_path / "set")), seed=1))
+    assert ids(documents) == [f"r{i}" for i in range(5)]
+    assert {document.text for document in documents} == {text}
+    assert documents[0].thoughts == ("why one and two", "why one and two", "why three", "")
 
 
-def test_a_hub_data_set_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """One line that says which."""
+def test_a_hub_data_set_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    """The error is one line with its name."""
     with pytest.raises(UserError, match=r"Hugging Face data set .*absent"):
-        list(sources.documents(hub(str(tmp_path / "absent")), seed=1))
+        list(sources.read_documents(hub(str(tmp_path / "absent")), seed=1))

@@ -1,27 +1,40 @@
-"""Named corpora: runs of a source that never overlap, in shards, with everything accounted for."""
+"""Named corpora: disjoint ranges of a source, written in shards, every document accounted for."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from boltlm.corpus import sources
-from boltlm.corpus.chunks import Chunker, Chunking
-from boltlm.corpus.split import documents, questions, split
+from boltlm.corpus.chunks import Chunker, ChunkingConfig
+from boltlm.corpus.corpora import corpus_documents
+from boltlm.corpus.sources import CorpusSource
+from boltlm.corpus.split import (
+    SplitSettings,
+    heldout_questions,
+    split_corpora,
+    stream_corpora,
+)
 from boltlm.errors import UserError
-from boltlm.params import load
-from boltlm.records import Chunk, Document, Question, read, read_shard, shards
+from boltlm.params import build_settings, load
+from boltlm.records import Chunk, Document, Question, read_shard, read_table, shard_paths
 from boltlm.tokens import TextCoder
 from tests import tiny
 
-LENGTHS = Chunking(mean_sentences=1.5, least_sentences=1, most_sentences=2)
+LENGTHS = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=2)
 
 
-def params_of(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str, Any]:
-    """Params for a JSONL source of `texts`, whose ids are their places."""
+def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str, Any]:
+    """Params with a JSONL source of `texts`, whose ids are their indices, for `corpora`; the corpus
+    `heldout` has a source of its own."""
     rows = [{"text": text, "id": str(index)} for index, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    heldout_path = path.with_name(f"heldout-{path.name}")
+    heldout_path.write_text('{"text": "Held out.", "id": "h"}\n', encoding="utf-8")
+    entries = {name: {"documents": n, "source": {}} for name, n in corpora.items()}
+    heldout = {"documents": 1, "source": {"path": str(heldout_path)}}
     return {
         "seed": 1,
         "corpus": {
@@ -30,151 +43,226 @@ def params_of(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str
             "columns": {"text": "text", "doc_id": "id", "latent": None, "pieces": None},
             "shuffle_buffer": 0,
         },
-        "corpora": {name: {"documents": n, "source": {}} for name, n in corpora.items()},
+        "corpora": {**entries, "heldout": heldout},
         "questions": {"count": 0, "source": {}},
-        "split": {"shard_documents": 3, "overlap_words": 13, "drop_contaminated": False},
-        "evaluate": {"corpus": "heldout", "beside": []},
+        "split": {"shard_documents": 3, "ngram_size": 13, "drop_contaminated": False},
+        "chunks": {"mean_sentences": 1.5, "min_sentences": 1, "max_sentences": 2},
+        "max_latent_tokens": 22,
+        "evaluate": {"corpus": "heldout", "extra_corpora": []},
         "benchmarks": {},
     }
 
 
+def settings(params: dict[str, Any]) -> SplitSettings:
+    return build_settings(SplitSettings, params)
+
+
 def ids(params: dict[str, Any], name: str) -> list[str]:
-    return [document.doc_id for document in documents(params, name)]
+    """The ids of the documents of one corpus."""
+    for _, documents in stream_corpora(settings(params), [name]):
+        return [document.doc_id for document in documents]
+    raise AssertionError(name)
 
 
-def run(params: dict[str, Any], coder: TextCoder, folder: Path) -> dict[str, int | float]:
+def split_into(folder: Path, params: dict[str, Any], coder: TextCoder) -> dict[str, int | float]:
     chunker = Chunker(LENGTHS, coder, 100, seed=1)
-    return split(params, chunker, folder / "split", folder / "chunks")
+    return split_corpora(
+        settings(params), chunker, split_dir=folder / "split", chunks_dir=folder / "chunks"
+    )
 
 
-def test_corpora_of_one_source_take_consecutive_runs(tmp_path: Path) -> None:
+def test_corpora_of_one_source_take_consecutive_documents(tmp_path: Path) -> None:
     """Held-out text must not have been trained on: no document is in two corpora."""
-    params = params_of(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 5, "three": 2})
+    params = split_params(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 5, "three": 2})
     assert ids(params, "one") == ["0", "1", "2"]
     assert ids(params, "two") == ["3", "4", "5", "6", "7"]
     assert ids(params, "three") == ["8", "9"]
 
 
-def test_another_source_starts_at_its_beginning(tmp_path: Path) -> None:
-    """Only corpora of the same source push each other on, the ones in between or not."""
-    params = params_of(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 5, "three": 2})
+def test_several_corpora_are_streamed_in_one_pass(tmp_path: Path) -> None:
+    """Documents that a caller does not read are skipped and do not move into the next corpus."""
+    params = split_params(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 5, "three": 2})
+    first = {
+        name: next(documents).doc_id
+        for name, documents in stream_corpora(settings(params), ["one", "three"])
+    }
+    assert first == {"one": "0", "three": "8"}
+
+
+def test_another_source_starts_at_its_first_document(tmp_path: Path) -> None:
+    """Only the corpora of the same source determine which documents a corpus takes."""
+    params = split_params(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 5, "three": 2})
     params["corpora"]["two"]["source"] = {"shuffle_buffer": 100}
-    alone = {**params, "corpora": {"two": params["corpora"]["two"]}}
-    assert ids(params, "two") == ids(alone, "two")
+    corpora = {name: params["corpora"][name] for name in ("two", "heldout")}
+    assert ids(params, "two") == ids({**params, "corpora": corpora}, "two")
     assert ids(params, "three") == ["3", "4"]
+
+
+def test_the_base_corpus_is_the_first_of_its_source(tmp_path: Path) -> None:
+    """The stage `base` reads the first documents of the source and knows no other corpus, so
+    another corpus before it would be given the same documents."""
+    params = split_params(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "base": 5})
+    with pytest.raises(UserError, match=r"corpora\.base must come before corpora\.one"):
+        settings(params)
+    params["corpora"]["one"]["source"] = {"shuffle_buffer": 100}
+    base = settings(params).corpora["base"]
+    documents = list(corpus_documents(base, 1, "base"))
+    assert [document.doc_id for document in documents] == ["0", "1", "2", "3", "4"]
+    assert ids(params, "base") == ["0", "1", "2", "3", "4"]
 
 
 def test_a_source_is_read_once_for_all_its_corpora(
     base_coder: TextCoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Passing over the first two million documents of a hub data set is downloading them."""
-    params = params_of(tmp_path / "a.jsonl", ["Yes."] * 9, {"base": 4, "one": 2, "two": 3})
-    opened: list[Any] = []
-    real = sources.documents
-    monkeypatch.setattr(
-        sources, "documents", lambda source, seed: opened.append(source) or real(source, seed)
-    )
-    run(params, base_coder, tmp_path)
-    assert len(opened) == 1
-    assert [d.doc_id for d in read(tmp_path / "split" / "one", Document)] == ["4", "5"]
-    assert [d.doc_id for d in read(tmp_path / "split" / "two", Document)] == ["6", "7", "8"]
+    """Skipping the first two million documents of a hub data set means downloading them."""
+    corpora = {"base": 4, "one": 2, "two": 3}
+    params = split_params(tmp_path / "a.jsonl", ["Yes."] * 9, corpora)
+    opened: list[CorpusSource] = []
+    original = sources.read_documents
+
+    def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
+        opened.append(config)
+        return original(config, seed)
+
+    monkeypatch.setattr(sources, "read_documents", read_documents)
+    split_into(tmp_path, params, base_coder)
+    assert opened.count(settings(params).corpora["base"].source) == 1
+    assert len(opened) == 3  # the held-out source is also read as an evaluation set
+    assert [d.doc_id for d in read_table(tmp_path / "split" / "one", Document)] == ["4", "5"]
+    assert [d.doc_id for d in read_table(tmp_path / "split" / "two", Document)] == ["6", "7", "8"]
+    assert not (tmp_path / "split" / "base").exists()
 
 
 def test_generated_corpora_of_the_laptop_run_are_disjoint() -> None:
-    """The same promise for params.yaml as it stands."""
+    """The same guarantee for params.yaml as it is."""
     params = load(tiny.ROOT / "params.yaml")
     for entry in params["corpora"].values():
         entry["documents"] = 20
-    found = [ids(params, name) for name in params["corpora"]]
-    assert len({doc_id for run in found for doc_id in run}) == sum(map(len, found)) >= 60
+    corpora = [ids(params, name) for name in params["corpora"]]
+    distinct = {doc_id for corpus_ids in corpora for doc_id in corpus_ids}
+    assert len(distinct) == sum(map(len, corpora)) >= 60
 
 
 def test_too_few_documents_name_the_corpus(tmp_path: Path) -> None:
-    """A corpus smaller than asked for would change the experiment without a word."""
-    params = params_of(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 8})
-    with pytest.raises(UserError, match=r"corpora\.two.*holds 10 .*8 after the 3"):
+    """A corpus that is smaller than configured would silently change the experiment."""
+    params = split_params(tmp_path / "a.jsonl", ["x."] * 10, {"one": 3, "two": 8})
+    with pytest.raises(UserError, match=r"corpora\.two.*has 10 .*8 after the 3"):
         ids(params, "two")
     assert len(ids(params, "one")) == 3
+    entry = settings(params).corpora["two"]
+    params["corpora"]["two"]["documents"] = 11
+    assert len(list(corpus_documents(entry, 1, "two"))) == 8
+    with pytest.raises(UserError, match=r"corpora\.two.*has 10 .*11 after the 0"):
+        list(corpus_documents(settings(params).corpora["two"], 1, "two"))
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     """An empty file is a mistake in the path, not a corpus."""
-    params = params_of(tmp_path / "a.jsonl", [], {"one": 1})
-    with pytest.raises(UserError, match=r"'files'.*holds no document"):
+    params = split_params(tmp_path / "a.jsonl", [], {"one": 1})
+    with pytest.raises(UserError, match=r"'files'.*has no document"):
         ids(params, "one")
 
 
-def test_an_unknown_corpus_is_named(tmp_path: Path) -> None:
-    """A stage asks for the corpus that dvc.yaml names."""
-    params = params_of(tmp_path / "a.jsonl", ["x."], {"one": 1})
-    with pytest.raises(UserError, match=r"corpora\.two"):
-        ids(params, "two")
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("evaluate", "corpus", "two", r"evaluate\.corpus must name an entry of corpora.*'two'"),
+        ("evaluate", "extra_corpora", ["two"], r"evaluate\.extra_corpora.*entry of corpora.*'two'"),
+        ("split", "shard_documents", 0, r"split\.shard_documents must be 1 or more"),
+        ("split", "ngram_size", 0, r"split\.ngram_size must be 1 or more"),
+        ("split", "ngram_size", -1, r"split\.ngram_size must be 1 or more"),
+        ("questions", "count", -1, r"questions\.count must be 0 or more"),
+        ("corpora", "one", {"documents": 0, "source": {}}, r"corpora\.one\.documents must be 1"),
+        ("corpora", "one", {"documents": 1}, r"missing key corpora\.one\.source"),
+        ("chunks", "max_sentences", 0, r"chunks: .*max_sentences"),
+        ("benchmarks", "mmlu", "a/b", r"benchmarks must be gsm8k \| math \| mmlu_stem.*'mmlu'"),
+        ("benchmarks", "math", None, r"benchmarks\.math must be of type str"),
+    ],
+)
+def test_wrong_settings_name_their_key(
+    tmp_path: Path, section: str, key: str, value: Any, message: str
+) -> None:
+    """Before any source is read."""
+    params = split_params(tmp_path / "a.jsonl", ["x."], {"one": 1})
+    params[section][key] = value
+    with pytest.raises(UserError, match=message):
+        settings(params)
+
+
+@pytest.mark.parametrize("value", [None, ["math"]])
+def test_benchmarks_must_be_a_mapping(tmp_path: Path, value: Any) -> None:
+    """A list of names does not say where the benchmarks are."""
+    params = split_params(tmp_path / "a.jsonl", ["x."], {"one": 1})
+    with pytest.raises(UserError, match="benchmarks must be of type Mapping"):
+        settings({**params, "benchmarks": value})
 
 
 def test_split_writes_every_document_once(base_coder: TextCoder, tmp_path: Path) -> None:
-    """Documents and chunks of a shard belong together, and all of them are counted."""
+    """The documents and chunks of a shard belong together, and all of them are counted."""
     texts = [f"Page {n}. It ends.\n\nHere \u2028 {n}." for n in range(8)]
-    params = params_of(tmp_path / "a.jsonl", texts, {"one": 5, "two": 3})
-    counts = run(params, base_coder, tmp_path)
-    for name, wanted in (("one", texts[:5]), ("two", texts[5:])):
-        found = list(read(tmp_path / "split" / name, Document))
-        chunks = list(read(tmp_path / "chunks" / name, Chunk))
-        assert [document.text for document in found] == wanted
-        for document in found:
-            own = [chunk for chunk in chunks if chunk.doc_id == document.doc_id]
-            assert "".join(chunk.text for chunk in own) == document.text
-        assert counts[f"{name}/documents"] == len(wanted)
+    params = split_params(tmp_path / "a.jsonl", texts, {"one": 5, "two": 3})
+    counts = split_into(tmp_path, params, base_coder)
+    for name, expected in (("one", texts[:5]), ("two", texts[5:])):
+        documents = list(read_table(tmp_path / "split" / name, Document))
+        chunks = list(read_table(tmp_path / "chunks" / name, Chunk))
+        assert [document.text for document in documents] == expected
+        for document in documents:
+            document_chunks = [chunk for chunk in chunks if chunk.doc_id == document.doc_id]
+            assert "".join(chunk.text for chunk in document_chunks) == document.text
+        assert counts[f"{name}/documents"] == len(expected)
         assert counts[f"{name}/chunks"] == len(chunks)
         assert counts[f"{name}/tokens"] == sum(len(chunk.tokens) for chunk in chunks)
-        for path in shards(tmp_path / "chunks" / name):
-            own = {d.doc_id for d in read_shard(tmp_path / "split" / name / path.name, Document)}
-            assert {chunk.doc_id for chunk in read_shard(path, Chunk)} == own
-            assert len(own) <= 3
+        for path in shard_paths(tmp_path / "chunks" / name):
+            shard = read_shard(tmp_path / "split" / name / path.name, Document)
+            shard_ids = {document.doc_id for document in shard}
+            assert {chunk.doc_id for chunk in read_shard(path, Chunk)} == shard_ids
+            assert len(shard_ids) <= 3
 
 
-def test_what_is_left_out_is_counted(base_coder: TextCoder, tmp_path: Path) -> None:
-    """House habit 7: an empty page has nothing to train on, and its loss has a number. A blank
-    page is text."""
-    params = params_of(tmp_path / "a.jsonl", ["One.", "", " \n ", "Two.", ""], {"one": 5})
-    counts = run(params, base_coder, tmp_path)
-    kept = [document.text for document in read(tmp_path / "split" / "one", Document)]
-    assert kept == ["One.", " \n ", "Two."]
-    assert counts["one/left_out_empty"] == 2
+def test_dropped_documents_are_counted(base_coder: TextCoder, tmp_path: Path) -> None:
+    """An empty page has nothing to train on, and a count reports its loss. A page of white space is
+    text."""
+    texts = ["One.", "", " \n ", "Two.", ""]
+    params = split_params(tmp_path / "a.jsonl", texts, {"one": 5})
+    counts = split_into(tmp_path, params, base_coder)
+    retained = [document.text for document in read_table(tmp_path / "split" / "one", Document)]
+    assert retained == ["One.", " \n ", "Two."]
+    assert counts["one/dropped_empty"] == 2
 
 
-def test_text_outside_unicode_is_left_out_and_counted(
+def test_text_that_utf8_cannot_encode_is_dropped_and_counted(
     base_coder: TextCoder, tmp_path: Path
 ) -> None:
-    """Half a surrogate pair, which JSON can hold, cannot be encoded; one such page among
-    millions must not end the stage."""
-    params = params_of(tmp_path / "a.jsonl", ["One.", "bad \ud800 page", "Two."], {"one": 3})
-    counts = run(params, base_coder, tmp_path)
-    assert counts["one/left_out_not_reversible"] == 1
+    """JSON can hold an unpaired surrogate; one such page among millions must not stop the stage."""
+    texts = ["One.", "bad \ud800 page", "Two."]
+    params = split_params(tmp_path / "a.jsonl", texts, {"one": 3})
+    counts = split_into(tmp_path, params, base_coder)
+    assert counts["one/dropped_not_reversible"] == 1
     assert counts["one/documents"] == 2
 
 
-def test_a_corpus_of_nothing_is_an_error(base_coder: TextCoder, tmp_path: Path) -> None:
-    """Training on no document would only fail much later."""
-    params = params_of(tmp_path / "a.jsonl", ["", ""], {"one": 2})
-    with pytest.raises(UserError, match=r"corpora\.one"):
-        run(params, base_coder, tmp_path)
+def test_a_corpus_without_documents_is_an_error(base_coder: TextCoder, tmp_path: Path) -> None:
+    """Training on no document would fail much later."""
+    params = split_params(tmp_path / "a.jsonl", ["", ""], {"one": 2})
+    with pytest.raises(UserError, match=r"corpora\.one: every document was dropped"):
+        split_into(tmp_path, params, base_coder)
 
 
-def test_two_documents_of_one_id_are_an_error(base_coder: TextCoder, tmp_path: Path) -> None:
-    """Later stages join by (doc_id, chunk): two documents of one id would silently become one."""
-    params = params_of(tmp_path / "a.jsonl", ["One.", "Two.", "Three."], {"one": 3})
+def test_two_documents_with_one_id_are_an_error(base_coder: TextCoder, tmp_path: Path) -> None:
+    """Later stages join by (doc_id, chunk) and would silently merge the two documents."""
+    params = split_params(tmp_path / "a.jsonl", ["One.", "Two.", "Three."], {"one": 3})
     path = tmp_path / "a.jsonl"
     path.write_text(path.read_text("utf-8").replace('"id": "2"', '"id": "0"'), encoding="utf-8")
     with pytest.raises(UserError, match="'0'"):
-        run(params, base_coder, tmp_path)
+        split_into(tmp_path, params, base_coder)
 
 
-def test_questions_are_as_many_as_asked(base_coder: TextCoder, tmp_path: Path) -> None:
-    """None is allowed, for sources without questions; the table is there all the same."""
+def test_there_are_as_many_questions_as_configured(base_coder: TextCoder, tmp_path: Path) -> None:
+    """0 is allowed, for sources without questions; the table exists in any case."""
     params = load(tiny.ROOT / "params.yaml")
     params["questions"]["count"] = 7
-    assert len({question.question_id for question in questions(params)}) == 7
-    none = params_of(tmp_path / "a.jsonl", ["One."], {"one": 1})
-    assert questions(none) == []
-    assert run(none, base_coder, tmp_path)["questions"] == 0
-    assert list(read(tmp_path / "split" / "questions", Question)) == []
+    assert len({question.question_id for question in heldout_questions(settings(params))}) == 7
+    without = split_params(tmp_path / "a.jsonl", ["One."], {"one": 1})
+    assert heldout_questions(settings(without)) == []
+    assert split_into(tmp_path, without, base_coder)["questions"] == 0
+    assert list(read_table(tmp_path / "split" / "questions", Question)) == []

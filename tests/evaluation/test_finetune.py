@@ -1,10 +1,11 @@
-"""Fine-tuning: what is learnt, what is asked, and that a killed run ends as one left alone."""
+"""Fine-tuning: the examples, the prompts, the metrics, and what is computed again when."""
 
 import itertools
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,278 +19,316 @@ from boltlm.corpus import generated, sources
 from boltlm.errors import UserError
 from boltlm.evaluation import backends
 from boltlm.evaluation import finetune as stage
-from boltlm.evaluation.downstream import Answer
-from boltlm.evaluation.finetune import Places, finetune, spread
-from boltlm.evaluation.lessons import Run, divided, examples, thoughts
-from boltlm.evaluation.prompts import Space, encode
+from boltlm.evaluation.downstream import TaskAnswer
+from boltlm.evaluation.fewshot import encode_prompt
+from boltlm.evaluation.finetune import FinetunePaths, accuracy_over_seeds, run_finetuning
+from boltlm.evaluation.finetune_config import FinetuneRun, FinetuneSettings
+from boltlm.evaluation.sft_data import build_examples, read_thoughts, split_heldout
+from boltlm.evaluation.task_spec import TaskName, ThoughtSpace
 from boltlm.evaluation.tasks import loading
-from boltlm.model.training import Trained, train
-from boltlm.params import load
-from boltlm.records import Document, Question, read, write_shard
+from boltlm.params import build_settings, load
+from boltlm.records import Document, Question, read_table, write_shard
+from boltlm.sequences.sft import SFTExample
 from boltlm.tokens import EOL, PRIOR, SOL, TextCoder
+from boltlm.training.trainer import TrainResult, train_model
 from tests import tiny
 
 BOS, EOS = tiny.BOS, tiny.EOS
 NAME = "questions/standard/latent"
 
 
-def entry(task: str, space: Space) -> Run:
-    return Run(model="base", corpus="em", data="split/em", task=task, space=space)
+def finetune_run(task: TaskName, space: ThoughtSpace) -> FinetuneRun:
+    return FinetuneRun(model="base", corpus="em", data="split/em", task=task, space=space)
 
 
-RUN = asdict(entry("questions", "latent"))
+RUN = asdict(finetune_run("questions", "latent"))
 
 
-def told(coder: TextCoder, found: Any) -> list[tuple[str, str]]:
-    """Prompts and completions as text; that what looks like a special token is one is asserted."""
-    m, pairs = coder.markers, []
-    for one in found:
-        assert (one.prompt[0], one.completion[-1]) == (m.bos, m.eos)
-        both = coder.decode([*one.prompt, *one.completion])
-        latent = SOL in both
-        assert list(one.prompt[-2:]) == [m.sol, m.prior] if latent else m.sol not in one.prompt
-        assert list(one.completion).count(m.eol) == latent
-        pairs.append((coder.decode(list(one.prompt)), coder.decode(list(one.completion))))
+def decode_examples(coder: TextCoder, examples: Iterable[SFTExample]) -> list[tuple[str, str]]:
+    """Prompts and completions as text. Asserts that special tokens are encoded as such."""
+    special, pairs = coder.special_tokens, []
+    for example in examples:
+        assert (example.prompt[0], example.completion[-1]) == (special.bos, special.eos)
+        has_latent = SOL in coder.decode([*example.prompt, *example.completion])
+        if has_latent:
+            assert list(example.prompt[-2:]) == [special.sol, special.prior]
+        else:
+            assert special.sol not in example.prompt
+        assert list(example.completion).count(special.eol) == has_latent
+        pairs.append((coder.decode(list(example.prompt)), coder.decode(list(example.completion))))
     return pairs
 
 
-def asked(coder: TextCoder, task: str, space: str, where: Path) -> list[list[int]]:
-    """The prompts of a task, zero-shot, as a model gets them."""
-    form: dict[str, Any] = {"task": task, "prompts": "standard", "space": space}
-    found: Any = loading.docs(**form, where=str(where), zero_shot=True)["test"]
-    return [[coder.markers.bos, *encode(coder, row["prompt"])] for row in found]
+def task_prompts(
+    coder: TextCoder, task: TaskName, space: ThoughtSpace, data_path: Path
+) -> list[list[int]]:
+    """The ids of a task's zero-shot prompts, as a model gets them."""
+    docs: Any = loading.load_docs(
+        task=task, prompts="standard", space=space, data_path=str(data_path), zero_shot=True
+    )["test"]
+    return [[coder.special_tokens.bos, *encode_prompt(coder, doc["prompt"])] for doc in docs]
 
 
 @pytest.mark.parametrize("space", ["latent", "raw"])
-def test_pages_teach_their_last_sentence(
-    space: Space, base_coder: TextCoder, tmp_path: Path
+def test_examples_of_generated_pages(
+    space: ThoughtSpace, base_coder: TextCoder, tmp_path: Path
 ) -> None:
-    """Of two rounds the second one's result is asked for, and its derivation is the thought; the
-    prompt is, id for id, the one in which the held-out questions are asked."""
-    pages = tiny.pages(least_rounds=2, most_rounds=2, least_steps=1, most_steps=1)
-    documents = list(itertools.islice(generated.documents(pages, seed=1), 3))
-    own = thoughts(tmp_path / "split" / "em", documents)
-    found = list(examples(base_coder, documents, own, entry("questions", space)))
-    wanted: list[tuple[str, str]] = []
-    rows: list[Question] = []
+    """Of two rounds, the second one's result is the answer and its derivation the thought; the ids
+    of the prompt are those of the prompt of the corresponding held-out question."""
+    pages = tiny.pages(min_rounds=2, max_rounds=2, min_steps=1, max_steps=1)
+    documents = list(itertools.islice(generated.generate_documents(pages, seed=1), 3))
+    thoughts = read_thoughts(tmp_path / "split" / "em", documents)
+    examples = list(
+        build_examples(base_coder, documents, thoughts, finetune_run("questions", space))
+    )
+    expected: list[tuple[str, str]] = []
+    questions: list[Question] = []
     for page in documents:
         assert page.thoughts is not None
-        question, mark, answer = page.text.rpartition(" It stops at ")
-        rows.append(Question(question_id=page.doc_id, prompt=question, answer=answer))
-        thought, rest = page.thoughts[-1], f"{mark}{answer}{EOS}"
+        prompt, cue, answer = page.text.rpartition(" It stops at ")
+        questions.append(Question(question_id=page.doc_id, prompt=prompt, answer=answer))
+        thought, ending = page.thoughts[-1], f"{cue}{answer}{EOS}"
         if space == "latent":
-            wanted.append((f"{BOS}{question}{SOL}{PRIOR}", f"{thought}{EOL}{rest}"))
+            expected.append((f"{BOS}{prompt}{SOL}{PRIOR}", f"{thought}{EOL}{ending}"))
         else:
-            wanted.append((f"{BOS}{question}", f" {thought}{rest}"))
-    assert told(base_coder, found) == wanted
-    write_shard(tmp_path / "questions" / "00000.parquet", Question, rows)
-    prompts = asked(base_coder, "questions", space, tmp_path / "questions")
-    assert [list(one.prompt) for one in found] == prompts
+            expected.append((f"{BOS}{prompt}", f" {thought}{ending}"))
+    assert decode_examples(base_coder, examples) == expected
+    write_shard(tmp_path / "questions" / "00000.parquet", Question, questions)
+    prompts = task_prompts(base_coder, "questions", space, tmp_path / "questions")
+    assert [list(example.prompt) for example in examples] == prompts
 
 
-ODD = ("He paid how much altogether", "Sum? (in feet)", "How far is city D.")
+UNUSUAL_QUESTIONS = ("He paid how much altogether", "Sum? (in feet)", "How far is city D.")
 
 
 @pytest.mark.parametrize("space", ["latent", "raw"])
-@pytest.mark.parametrize("question", ["Al has 2. He gets 3. Sum?", *ODD])
-def test_gsm8k_teaches_its_answer(
-    question: str, space: Space, base_coder: TextCoder, tmp_path: Path
+@pytest.mark.parametrize("question", ["Al has 2. He gets 3. Sum?", *UNUSUAL_QUESTIONS])
+def test_examples_of_gsm8k(
+    question: str, space: ThoughtSpace, base_coder: TextCoder, tmp_path: Path
 ) -> None:
-    """In the task's wording, id for id as it is asked, also where a question does not end like a
-    sentence: these are GSM8K's own ways."""
-    where = tmp_path / "gsm8k.jsonl"
+    """They have the wording of the task, and prompts with the same ids, also where a question does
+    not end like a sentence, as some in GSM8K do not."""
+    data_path = tmp_path / "gsm8k.jsonl"
     row = {"question": question, "answer": "2+3=<<2+3=5>>5.\n#### 5"}
-    where.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    source = sources.GSM8K(kind="gsm8k", path=str(where), split="train", shuffle_buffer=0)
-    documents = list(sources.documents(source, 1))
-    own = thoughts(tmp_path / "split" / "em", documents)
-    (one,) = list(examples(base_coder, documents, own, entry("gsm8k", space)))
+    data_path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    source = sources.GSM8KSource(kind="gsm8k", path=str(data_path), split="train", shuffle_buffer=0)
+    documents = list(sources.read_documents(source, 1))
+    thoughts = read_thoughts(tmp_path / "split" / "em", documents)
+    run = finetune_run("gsm8k", space)
+    (example,) = list(build_examples(base_coder, documents, thoughts, run))
     prompt, answer = f"{BOS}Q: {question}\nA:", f" The answer is 5.{EOS}"
-    wanted = prompt, f" 2+3=5.{answer}"
+    expected = prompt, f" 2+3=5.{answer}"
     if space == "latent":
-        wanted = f"{prompt}{SOL}{PRIOR}", f"2+3=5.{EOL}{answer}"
-    assert told(base_coder, [one]) == [wanted]
-    assert asked(base_coder, "gsm8k", space, where) == [one.prompt]
+        expected = f"{prompt}{SOL}{PRIOR}", f"2+3=5.{EOL}{answer}"
+    assert decode_examples(base_coder, [example]) == [expected]
+    assert task_prompts(base_coder, "gsm8k", space, data_path) == [example.prompt]
 
 
-def test_the_division_hangs_on_seed_and_name_alone() -> None:
-    """So that other thoughts, or more of them, leave trained what was trained on, and no question
-    is on both sides."""
-    found = [Document(doc_id=f"d{place}", text="x", source="s") for place in range(3000)]
-    trained, heldout = divided(found, 0.2, 1)
+def test_the_held_out_documents_depend_on_seed_and_id_alone() -> None:
+    """With other or more documents, each document stays on its side."""
+    documents = [Document(doc_id=f"d{index}", text="x", source="s") for index in range(3000)]
+    training, heldout = split_heldout(documents, 0.2, 1)
     assert abs(len(heldout) - 600) < 4 * math.sqrt(3000 * 0.2 * 0.8)
-    out = {one.doc_id for one in heldout}
-    assert trained == [one for one in found if one.doc_id not in out]
-    others = [Document(doc_id=f"d{place}", text="y", source="s") for place in range(999, 0, -1)]
-    assert {one.doc_id for one in divided(others, 0.2, 1)[1]} == out & {o.doc_id for o in others}
-    assert divided(found, 0.2, 2)[1] != heldout
-    assert divided(found, 0.0, 1) == (found, [])
+    heldout_ids = {document.doc_id for document in heldout}
+    assert training == [d for d in documents if d.doc_id not in heldout_ids]
+    others = [Document(doc_id=f"d{index}", text="y", source="s") for index in range(999, 0, -1)]
+    other_ids = {document.doc_id for document in others}
+    other_heldout = split_heldout(others, 0.2, 1)[1]
+    assert {document.doc_id for document in other_heldout} == heldout_ids & other_ids
+    assert split_heldout(documents, 0.2, 2)[1] != heldout
+    assert split_heldout(documents, 0.0, 1) == (documents, [])
 
 
-def verdicts(correct_SQN: np.ndarray, grader: str) -> list[list[Answer]]:
+def answer_tables(correct_SQN: np.ndarray, grader: str) -> list[list[TaskAnswer]]:
+    """The answers of each seed with these verdicts."""
     texts = ("task", "prompts", "space", "subject", "prompt", "completion", "gold", "extracted")
-    blank: dict[str, Any] = {"shots": 0, "lost_shots": 0, "thought": "", "grader": grader}
-    blank |= dict.fromkeys(texts, "")
+    values: dict[str, Any] = {"shots": 0, "lost_shots": 0, "thought": "", "grader": grader}
+    values |= dict.fromkeys(texts, "")
     return [
         [
-            Answer(**blank, question_id=f"q{q}", sample=n, correct=bool(table[q, n]))
-            for q, n in np.ndindex(*table.shape)
+            TaskAnswer(**values, question_id=f"q{q}", sample=n, correct=bool(correct_QN[q, n]))
+            for q, n in np.ndindex(*correct_QN.shape)
         ]
-        for table in correct_SQN
+        for correct_QN in correct_SQN
     ]
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 4), (2, 5, 1), (1, 6, 3), (1, 4, 1), (2, 1, 5)])
-def test_the_spread_by_hand(shape: tuple[int, int, int]) -> None:
-    """Sums written out. One seed tells nothing of seeds, one sample nothing of samples; a second
-    grader's verdicts do not count."""
+def test_accuracy_over_seeds_by_hand(shape: tuple[int, int, int]) -> None:
+    """The sums written out. With one seed there is no error over seeds, with one sample none over
+    samples; the verdicts of a second grader do not count."""
     S, Q, N = shape
-    x = np.random.default_rng(S + Q).random(shape) < np.linspace(0.1, 0.9, Q)[:, None]
-    pairs = zip(verdicts(x, "a"), verdicts(~x, "b"), strict=True)
-    found = spread([[*first, *second] for first, second in pairs], "t")
+    correct_SQN = np.random.default_rng(S + Q).random(shape) < np.linspace(0.1, 0.9, Q)[:, None]
+    tables = [
+        [*first, *second]
+        for first, second in zip(
+            answer_tables(correct_SQN, "a"), answer_tables(~correct_SQN, "b"), strict=True
+        )
+    ]
 
-    def error(means: list[float]) -> float:
+    def standard_error(means: list[float]) -> float:
         if len(means) == 1:
             return math.nan
         mean = sum(means) / len(means)
         return math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
 
-    p = [[sum(x[s, q]) / N for q in range(Q)] for s in range(S)]
-    wanted = {
+    p = [[sum(correct_SQN[s, q]) / N for q in range(Q)] for s in range(S)]
+    expected = {
         "t/accuracy": sum(map(sum, p)) / (S * Q),
-        "t/accuracy_se": error([sum(p[s][q] for s in range(S)) / S for q in range(Q)]),
-        "t/accuracy_se_seeds": error([sum(p[s]) / Q for s in range(S)]),
+        "t/accuracy_se": standard_error([sum(p[s][q] for s in range(S)) / S for q in range(Q)]),
+        "t/accuracy_se_seeds": standard_error([sum(p[s]) / Q for s in range(S)]),
         "t/questions": Q,
         "samples": N,
         "seeds": S,
     }
-    if N > 1:  # each share's binomial variance without bias, p (1 - p) / (N - 1)
-        variances = (one * (1 - one) / (N - 1) for row in p for one in row)
-        wanted["t/accuracy_se_samples"] = math.sqrt(sum(variances)) / (S * Q)
-    assert found == pytest.approx(wanted, nan_ok=True)
+    if N > 1:  # the unbiased estimate of a fraction's binomial variance is p (1 − p) / (N − 1)
+        variances = [fraction * (1 - fraction) / (N - 1) for row in p for fraction in row]
+        expected["t/accuracy_se_samples"] = math.sqrt(sum(variances)) / (S * Q)
+    assert accuracy_over_seeds(tables, "t") == pytest.approx(expected, nan_ok=True)
 
 
-class Small:
-    """Eight pages, three times each, that tell a name's number; the questions ask for it."""
+class SmallStage:
+    """Eight pages, three times each, that state the number of a name; the questions ask for it."""
 
     def __init__(self, folder: Path, model: Path, **changes: Any) -> None:
         self.folder, self.model, self.split = folder, model, folder / "split"
-        told = list(zip(generated.NAMES, "31415926", strict=False))
+        numbers = list(zip(generated.NAMES, "31415926", strict=False))
         pages = [
             Document(doc_id=f"{n}-{i}", text=f"{n}. It is {a}.", source="t", latent=f"{n} {a}.")
-            for n, a in told
+            for n, a in numbers
             for i in range(3)
         ]
         write_shard(self.split / "em" / "0.parquet", Document, pages)
-        self.ask([Question(question_id=n, prompt=f"{n}.", answer=a) for n, a in told])
+        self.write_questions(
+            [Question(question_id=n, prompt=f"{n}.", answer=a) for n, a in numbers]
+        )
         self.params = load(tiny.ROOT / "params.yaml")
-        self.params["evaluate"] |= {"thought_tokens": 10, "answer_tokens": 8, "batch_size": 2}
-        tuning = self.params["finetune"]
-        tuning |= {"epochs": 8, "samples": 2, "heldout_fraction": 0.2, "temperature": 1.0}
-        tuning["train"] |= {"learning_rate": 0.03, "precision": "float32", "checkpoint_every": 8}
-        tuning["runs"] = {"one": RUN}
-        tuning |= changes
+        self.params["evaluate"] |= {
+            "max_thought_tokens": 10,
+            "max_answer_tokens": 8,
+            "batch_size": 2,
+        }
+        section = self.params["finetune"]
+        section |= {"epochs": 8, "samples": 2, "heldout_fraction": 0.2, "temperature": 1.0}
+        section["train"] |= {"learning_rate": 0.03, "precision": "float32", "checkpoint_every": 8}
+        section["runs"] = {"one": RUN}
+        section |= changes
 
-    def ask(self, questions: list[Question]) -> None:
+    def write_questions(self, questions: list[Question]) -> None:
         write_shard(self.split / "questions" / "0.parquet", Question, questions)
 
-    def places(self, name: str) -> Places:
+    def paths(self, name: str) -> FinetunePaths:
         work, out = self.folder / name, self.folder / f"{name}-out"
-        return Places(self.model, self.split, self.split / "em", work, out)
+        return FinetunePaths(self.model, self.split, self.split / "em", work, out)
 
-    def run(self, work: str = "work") -> tuple[dict[str, float], list[Answer]]:
-        places = self.places(work)
-        return finetune(self.params, "one", places), list(read(places.out, Answer))
+    def run(self, name: str = "work") -> tuple[dict[str, float], list[TaskAnswer]]:
+        """The metrics and the answers, with the work folder of this name."""
+        paths = self.paths(name)
+        settings = build_settings(FinetuneSettings, self.params, name="one")
+        return run_finetuning(settings, paths), list(read_table(paths.out, TaskAnswer))
 
 
 @pytest.fixture
-def small(base_folder: Path, tmp_path: Path) -> Small:
-    return Small(tmp_path, base_folder)
+def small(base_folder: Path, tmp_path: Path) -> SmallStage:
+    return SmallStage(tmp_path, base_folder)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"runs": {}}, "no key finetune.runs.one"),
-        ({"runs": {"one": {**RUN, "task": "chess"}}}, "finetune.runs.one.task must be"),
-        ({"runs": {"one": {**RUN, "task": "gsm8k"}}}, "no key 'benchmarks.gsm8k'"),
+        ({"runs": {}}, "no key 'finetune.runs.one'"),
+        ({"runs": {"one": {**RUN, "task": "chess"}}}, "finetune.runs.one.task must be gsm8k | "),
+        ({"runs": {"one": {**RUN, "task": "gsm8k"}}}, "there is no key benchmarks.gsm8k"),
         ({"runs": {"one": {**RUN, "space": "both"}}}, "runs.one.space must be latent | raw"),
-        ({"runs": {"one": {**RUN, "corpus": "none"}}}, "split/none: no *.parquet in it"),
-        ({"seeds": 0}, "finetune: seeds must be above 0"),
-        ({"heldout_fraction": 0.999}, "not one document to train on has a thought"),
-        ({"beams": 4}, "unknown key finetune.beams"),
+        ({"runs": {"one": {**RUN, "corpus": "none"}}}, "one.corpus must name an entry of corpora"),
+        ({"runs": {"one": {**RUN, "model": "none"}}}, "one.model must name an entry of models"),
+        ({"runs": {"one": {**RUN, "data": "latents/em1"}}}, "runs.one.data must be teacher/"),
+        ({"runs": {"one": {**RUN, "beams": 4}}}, "unknown key finetune.runs.one.beams"),
+        ({"seeds": 0}, "finetune.seeds must be 1 or more"),
+        ({"temperature": -1.0}, "finetune.temperature must be 0 or more"),
+        ({"heldout_fraction": 1.0}, "finetune.heldout_fraction must be 0 or more and below 1"),
+        ({"heldout_fraction": 0.999}, "no training document has a thought"),
     ],
 )
-def test_params_that_cannot_be(changes: dict[str, Any], said: str, small: Small) -> None:
-    """Each is named before the hours of a training."""
+def test_invalid_params(changes: dict[str, Any], message: str, small: SmallStage) -> None:
+    """Each is reported before a training begins."""
     small.params["finetune"] |= changes
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         small.run()
 
 
-def test_it_learns_what_it_is_asked(base_folder: Path, tmp_path: Path) -> None:
-    """A shifted label, a lost EoL, or questions put otherwise than in training leave it at what
-    it knew. Metrics are complete, and the thoughts that were learnt are in the table."""
-    metrics, answers = Small(tmp_path, base_folder, epochs=40, temperature=0.6).run()
-    before, _ = Small(tmp_path / "before", base_folder, epochs=1).run()
-    assert before[f"{NAME}/accuracy"] < 0.4 < 0.8 < metrics[f"{NAME}/accuracy"]
-    assert before["heldout_nll_per_token"] > metrics["heldout_nll_per_token"] + 1
-    named = {f"{NAME}/accuracy{end}" for end in ("", "_se", "_se_seeds", "_se_samples")}
-    others = {"samples", "seeds", "examples", "heldout_examples", "heldout_nll_per_token"}
-    assert {f"{NAME}/questions", *named, *others} <= set(metrics)
-    assert metrics["examples"] + metrics["heldout_examples"] == 24
-    right = [a for a in answers if a.correct]
-    assert len(right) / 32 == metrics[f"{NAME}/accuracy"]
-    assert {a.thought for a in right} <= {f"{a.question_id} {a.gold}." for a in right}
+def test_the_model_learns_the_answers(base_folder: Path, tmp_path: Path) -> None:
+    """A shifted label, a lost EoL, or prompts that differ from those of training would leave the
+    accuracy as it was. Metrics are complete, and the learnt thoughts are in the table."""
+    metrics, answers = SmallStage(tmp_path, base_folder, epochs=40, temperature=0.6).run()
+    untrained, _ = SmallStage(tmp_path / "untrained", base_folder, epochs=1).run()
+    assert untrained[f"{NAME}/accuracy"] < 0.4 < 0.8 < metrics[f"{NAME}/accuracy"]
+    assert untrained["val_nll_per_token"] > metrics["val_nll_per_token"] + 1
+    accuracies = {f"{NAME}/accuracy{end}" for end in ("", "_se", "_se_seeds", "_se_samples")}
+    counts = {"samples", "seeds", "examples", "val_examples", "documents_without_thought"}
+    assert {f"{NAME}/questions", "val_nll_per_token", *accuracies, *counts} <= set(metrics)
+    assert metrics["examples"] + metrics["val_examples"] == 24
+    correct = [a for a in answers if a.correct]
+    assert len(correct) / 32 == metrics[f"{NAME}/accuracy"]
+    assert {a.thought for a in correct} <= {f"{a.question_id} {a.gold}." for a in correct}
 
 
-def test_the_held_out_loss(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over tokens of the completions that were not trained on, EOS among them."""
-    score, found = stage.token_log_probs, []
+def test_the_held_out_loss(small: SmallStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the mean over the tokens of the held-out completions, EOS included."""
+    original, losses = stage.token_log_probs, []
 
-    def scoring(model: Any, prompts: Any, branches: Any, batch: int) -> Any:
-        sums, tokens = 0.0, 0
-        for prompt, (rest,) in zip(prompts, branches, strict=True):
-            logits_LV = model(torch.tensor([[*prompt, *rest]])).logits[0, len(prompt) - 1 : -1]
-            sums += float(cross_entropy(logits_LV, torch.tensor(rest), reduction="sum").detach())
-            tokens += len(rest)
-        found.append((sums / tokens, len(prompts)))
-        return score(model, prompts, branches, batch)
+    def record_loss(model: Any, prompts: Any, branches: Any, batch_tokens: int) -> Any:
+        total, num_tokens = 0.0, 0
+        for prompt, (completion,) in zip(prompts, branches, strict=True):
+            ids_1L = torch.tensor([[*prompt, *completion]])
+            logits_LV = model(ids_1L).logits[0, len(prompt) - 1 : -1]
+            targets_L = torch.tensor(completion)
+            total += float(cross_entropy(logits_LV, targets_L, reduction="sum").detach())
+            num_tokens += len(completion)
+        losses.append((total / num_tokens, len(prompts)))
+        return original(model, prompts, branches, batch_tokens)
 
-    monkeypatch.setattr(stage, "token_log_probs", scoring)
+    monkeypatch.setattr(stage, "token_log_probs", record_loss)
     metrics, _ = small.run()
-    assert {count for _, count in found} == {metrics["heldout_examples"]}
-    wanted = np.mean([loss for loss, _ in found])
-    assert metrics["heldout_nll_per_token"] == pytest.approx(wanted, abs=1e-5)
+    assert {count for _, count in losses} == {metrics["val_examples"]}
+    expected = np.mean([loss for loss, _ in losses])
+    assert metrics["val_nll_per_token"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_nothing_is_done_twice(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second call trains nothing and loads no model; a seed more is one training more."""
+def test_nothing_is_computed_twice(small: SmallStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call trains nothing and loads no model; one more seed is one more training."""
     first = small.run()
-    shutil.rmtree(small.places("work").out)
+    shutil.rmtree(small.paths("work").out)
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "load", None)
-        patch.setattr(stage, "train", None)
+        patch.setattr(backends, "load_lm", None)
+        patch.setattr(stage, "train_model", None)
         assert small.run() == first
-    trained = []
-    monkeypatch.setattr(stage, "train", lambda *a, **k: trained.append(1) or train(*a, **k))
+    trainings = []
+
+    def counting(*arguments: Any, **options: Any) -> TrainResult:
+        trainings.append(1)
+        return train_model(*arguments, **options)
+
+    monkeypatch.setattr(stage, "train_model", counting)
     small.params["finetune"]["seeds"] = 3
     metrics, answers = small.run()
-    assert (len(trained), metrics["seeds"], answers[:32]) == (1, 3, first[1])
+    assert (len(trainings), metrics["seeds"], answers[:32]) == (1, 3, first[1])
 
 
-def test_other_questions_are_asked(small: Small) -> None:
-    """The split was made anew under the same path: the old answers are to other questions."""
+def test_new_questions_are_answered(small: SmallStage) -> None:
+    """After the split was made again under the same path, the old answers are not used."""
     small.run()
-    small.ask([Question(question_id="new", prompt="Ann.", answer="3")])
+    small.write_questions([Question(question_id="new", prompt="Ann.", answer="3")])
     metrics, answers = small.run()
     assert ({a.question_id for a in answers}, metrics[f"{NAME}/questions"]) == ({"new"}, 1)
 
 
-def test_seeds_draw_for_themselves(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else their errors move together, and the spread over seeds and samples is told too small.
-    Two trainings that change nothing leave the same model, asked twice."""
-    monkeypatch.setattr(stage, "train", lambda *_, **__: Trained(0, 0, None))
+def test_each_seed_has_random_numbers_of_its_own(
+    small: SmallStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the errors of the seeds would be correlated, and the standard errors over seeds and
+    samples too small. Here training changes nothing, and the same model is sampled for each."""
+    monkeypatch.setattr(stage, "train_model", lambda *_, **__: TrainResult(0, 0, None))
     _, answers = small.run()
-    texts = [a.completion for a in answers]
-    assert len(set(texts)) == len(texts) == 32
+    completions = [a.completion for a in answers]
+    assert len(set(completions)) == len(completions) == 32

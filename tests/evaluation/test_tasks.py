@@ -1,11 +1,11 @@
-"""lm-eval runs this project's tasks: verdicts are its own, every answer is kept, and shares and
-errors are those worked out by hand."""
+"""This project's tasks, run by lm-eval: verdicts equal lm-eval's, every answer is in the table, and
+accuracies and errors equal those computed by hand."""
 
 import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,51 +14,70 @@ from lm_eval.tasks import TaskManager
 
 from boltlm.errors import UserError
 from boltlm.evaluation import downstream
-from boltlm.evaluation.downstream import Answer, Asking, Drawing, Spec, accuracy, measures
+from boltlm.evaluation.downstream import (
+    DecodingConfig,
+    TaskAnswer,
+    TaskOptions,
+    mean_accuracy,
+    task_metrics,
+)
+from boltlm.evaluation.fewshot import PROMPT_FORMS, encode_prompt
 from boltlm.evaluation.grading import GRADERS
-from boltlm.evaluation.prompts import FORMS, encode
-from boltlm.evaluation.tasks.loading import parts
+from boltlm.evaluation.task_spec import TaskName, TaskSpec, ThoughtSpace
+from boltlm.evaluation.tasks.loading import split_completion
 from boltlm.records import Question, write_shard
 from boltlm.tokens import EOL, POST, PRIOR, SOL, TextCoder
 from tests.evaluation import upstream
-from tests.evaluation.upstream import Scripted, question
+from tests.evaluation.upstream import ScriptedLM, last_question
 
 
 @pytest.fixture(scope="module")
 def wide(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return upstream.wide(base_folder, tmp_path_factory.mktemp("wide"))
+    """A tokenizer with a context length in which every prompt fits."""
+    return upstream.copy_tokenizer(base_folder, tmp_path_factory.mktemp("wide"))
 
 
 @pytest.mark.parametrize("task", upstream.BENCHMARKS)
 def test_verdicts_are_lm_evals(task: str, wide: Path, tmp_path: Path) -> None:
-    """The same model on the same questions: theirs and ours call each answer right or wrong alike,
-    but where the task's file names the difference; and there they really differ."""
-    rows, told = upstream.rows(task), upstream.TOLD[task]
-    their = upstream.theirs(task, rows)
-    asked = [question(prompt) for one in their.values() for prompt in upstream.requested(one)]
-    assert len({*asked}) == len(rows)
-    where = upstream.write(tmp_path, task, rows)
-    spec, asking = f"{task}/standard/raw", Asking(where=where, tokenizer=wide, answer_tokens=9)
+    """Our verdicts on the same model's answers equal lm-eval's, except for the differences that the
+    task's file names; and those differences exist."""
+    rows, templates = upstream.rows(task), upstream.COMPLETIONS[task]
+    lm_eval_tasks = upstream.lm_eval_tasks(task, rows)
+    questions = [
+        last_question(prompt)
+        for lm_eval_task in lm_eval_tasks.values()
+        for prompt in upstream.requested_prompts(lm_eval_task)
+    ]
+    assert len({*questions}) == len(rows)
+    spec = TaskSpec.parse(f"{task}/standard/raw")
+    options = TaskOptions(
+        data_path=upstream.write(tmp_path, task, rows), tokenizer=wide, max_answer_tokens=9
+    )
     used: set[str] = set()
-    for shift in range(1 if len(rows) > 200 else len(told)):
-        said: dict[str, str] = {}
+    for shift in range(1 if len(rows) > 200 else len(templates)):
+        completions: dict[str, str] = {}
         expected: dict[str, tuple[set[str], set[str]]] = {}
-        for key, row in zip(asked, rows, strict=True):
-            filled = upstream.words(task, row)
-            usable = told if filled.get("n", 0) >= 0 else told[:-1]  # −4 is right where it is -4
-            form, we, they = usable[(zlib.crc32(key.encode()) + shift) % len(usable)]
-            said[key], expected[key] = form.format(**filled), (we, they)
-            used.add(form)
-        model = Scripted(lambda prompt, said=said: said[question(prompt)])
+        for question, row in zip(questions, rows, strict=True):
+            fields = upstream.fields(task, row)
+            # The last template contains a true minus sign, which is right where the gold is -4.
+            usable = templates if fields.get("n", 0) >= 0 else templates[:-1]
+            template, our_graders, their_graders = usable[
+                (zlib.crc32(question.encode()) + shift) % len(usable)
+            ]
+            completions[question] = template.format(**fields)
+            expected[question] = our_graders, their_graders
+            used.add(template)
+        model = ScriptedLM(lambda prompt, texts=completions: texts[last_question(prompt)])
         ours: dict[str, dict[str, bool]] = {}
-        for one in downstream.run(model, Spec.of(spec), asking):
-            ours.setdefault(question(one.prompt), {})[one.grader] = one.correct
-        theirs = upstream.verdicts(their, model)
+        for answer in downstream.run_task(model, spec, options):
+            ours.setdefault(last_question(answer.prompt), {})[answer.grader] = answer.correct
+        theirs = upstream.lm_eval_verdicts(lm_eval_tasks, model)
         assert len(ours) == len(theirs) == len(rows)
-        for key, (we, they) in expected.items():
-            assert ours[key] == {name: name in we for name in GRADERS[task]}, (key, said[key])
-            assert theirs[key] == {name: name in they for name in GRADERS[task]}, (key, said[key])
-    assert used == {form for form, *_ in told}
+        for question, (our_graders, their_graders) in expected.items():
+            case = question, completions[question]
+            assert ours[question] == {name: name in our_graders for name in GRADERS[task]}, case
+            assert theirs[question] == {name: name in their_graders for name in GRADERS[task]}, case
+    assert used == {template for template, *_ in templates}
 
 
 ITEMS = [
@@ -74,106 +93,114 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions as the stage `split` leaves them."""
+    """Questions as the stage `split` writes them."""
     folder = tmp_path_factory.mktemp("questions")
-    found = [
+    questions = [
         Question(question_id="q7", prompt="A dial is at 3. Up 4.", answer="7", latent="3 + 4"),
         Question(question_id="q2", prompt=" A dial is at 9. Down 7.", answer="2"),
     ]
-    write_shard(folder / "00000.parquet", Question, found)
+    write_shard(folder / "00000.parquet", Question, questions)
     return folder
 
 
-def documents(spec: str, where: str, folder: Path, **more: Any) -> list[dict[str, Any]]:
-    asking = Asking(where=where, tokenizer=folder, answer_tokens=9, **more)
-    (task,) = downstream.load(Spec.of(spec), asking)["tasks"].values()
+def load_docs(spec: str, data_path: str, tokenizer: Path, **options: Any) -> list[dict[str, Any]]:
+    task_options = TaskOptions(
+        data_path=data_path, tokenizer=tokenizer, max_answer_tokens=9, **options
+    )
+    (task,) = downstream.load_task(TaskSpec.parse(spec), task_options)["tasks"].values()
     return list(task.eval_docs)
 
 
-def test_the_tasks_are_lm_evals_to_load(items: str, pages: Path, tmp_path: Path) -> None:
-    """The folder is good for `lm_eval --include_path`, too: four tasks, named by their files, with
-    the graders as metrics, and prompts whole where no model's window is told."""
-    places = {
+def test_lm_eval_can_load_the_tasks(items: str, pages: Path, tmp_path: Path) -> None:
+    """The folder also works with `lm_eval --include_path`: every task, named like its file, with
+    the graders as metrics. Without a model's context length, prompts have all their examples."""
+    data_paths: dict[TaskName, str] = {
         "gsm8k": items,
         "math": upstream.write(tmp_path, "math", upstream.rows("math")),
         "mmlu_stem": upstream.write(tmp_path, "mmlu_stem", upstream.rows("mmlu_stem")),
         "questions": str(pages),
     }
-    for task, where in places.items():
+    assert data_paths.keys() == PROMPT_FORMS.keys()
+    for task, data_path in data_paths.items():
         manager = TaskManager(
-            include_path=str(downstream.TASKS), include_defaults=False, metadata={"where": where}
+            include_path=str(downstream.TASK_DIR),
+            include_defaults=False,
+            metadata={"data_path": data_path},
         )
-        assert manager.all_tasks == sorted(f"boltlm_{name}" for name in FORMS)
-        found: Any = manager.load(f"boltlm_{task}")
-        (loaded,) = found["tasks"].values()
+        assert manager.all_tasks == sorted(f"boltlm_{name}" for name in PROMPT_FORMS)
+        tasks: Any = manager.load(f"boltlm_{task}")
+        (loaded,) = tasks["tasks"].values()
         config = loaded.config
-        assert [one["metric"] for one in config.metric_list] == list(GRADERS[task])
+        assert [metric["metric"] for metric in config.metric_list] == list(GRADERS[task])
         assert {*loaded.aggregation()} == {*loaded.higher_is_better()} == {*GRADERS[task]}
         assert all(loaded.higher_is_better().values())
-        assert FORMS[task].before.strip() in ["", *config.generation_kwargs["until"]]
+        form = PROMPT_FORMS[task]
+        assert form.question_prefix.strip() in ["", *config.generation_kwargs["until"]]
         docs = list(loaded.eval_docs)
-        assert upstream.requested(loaded) == [doc["prompt"] for doc in docs]
-        assert {doc["shots"] for doc in docs} == {FORMS[task].shots}
+        assert upstream.requested_prompts(loaded) == [doc["prompt"] for doc in docs]
+        assert {doc["shots"] for doc in docs} == {form.num_shots}
 
 
 def test_limit_samples_and_shots(items: str, wide: Path) -> None:
-    """The first questions, each as often as asked, the samples side by side; zero-shot is the
-    question alone, and not counted as lost shots."""
-    found = documents("gsm8k/standard/raw", items, wide, limit=2, drawing=Drawing(samples=3))
-    assert [(doc["id"], doc["sample"]) for doc in found] == [
+    """The first questions, each as often as it is sampled, its samples in a row. A zero-shot prompt
+    is the question alone, and its examples do not count as lost."""
+    decoding = DecodingConfig(samples=3)
+    docs = load_docs("gsm8k/standard/raw", items, wide, limit=2, decoding=decoding)
+    assert [(doc["id"], doc["sample"]) for doc in docs] == [
         (f"gsm8k-test-0000{n}", sample) for n in range(2) for sample in range(3)
     ]
-    assert [doc["prompt"] for doc in found[:3]] == [found[0]["prompt"]] * 3
-    assert len(documents("gsm8k/standard/raw", items, wide)) == len(ITEMS)
+    assert [doc["prompt"] for doc in docs[:3]] == [docs[0]["prompt"]] * 3
+    assert len(load_docs("gsm8k/standard/raw", items, wide)) == len(ITEMS)
     for space, end in (("raw", ""), ("latent", f"{SOL}{PRIOR}")):
-        bare = documents(f"gsm8k/synthetic/{space}", items, wide, zero_shot=True)[0]
-        assert bare["prompt"] == f"Q: How many are 1 and 1?\nA:{end}"
-        assert (bare["shots"], bare["lost_shots"]) == (0, 0)
+        doc = load_docs(f"gsm8k/synthetic/{space}", items, wide, zero_shot=True)[0]
+        assert doc["prompt"] == f"Q: How many are 1 and 1?\nA:{end}"
+        assert (doc["shots"], doc["lost_shots"]) == (0, 0)
 
 
 def test_the_corpus_questions(pages: Path, wide: Path) -> None:
-    """A page goes on: nothing is put around it but what says whether a latent comes."""
-    for space, bare, end in (
+    """A page is continued: only the special tokens that say whether a latent comes are added."""
+    for space, no_latent, end in (
         ("latent", False, SOL + PRIOR), ("raw", False, ""), ("raw", True, SOL + EOL),
     ):  # fmt: skip
-        found = documents(f"questions/standard/{space}", str(pages), wide, bare=bare)
-        wanted = [
+        docs = load_docs(f"questions/standard/{space}", str(pages), wide, no_latent=no_latent)
+        assert [(doc["id"], doc["prompt"], doc["gold"]) for doc in docs] == [
             ("q7", f"A dial is at 3. Up 4.{end}", "7"),
             ("q2", f" A dial is at 9. Down 7.{end}", "2"),
         ]
-        assert [(doc["id"], doc["prompt"], doc["gold"]) for doc in found] == wanted
 
 
-@pytest.mark.parametrize("drawing", [Drawing(), Drawing(temperature=0.6, top_k=50, top_p=0.9)])
+@pytest.mark.parametrize(
+    "decoding", [DecodingConfig(), DecodingConfig(temperature=0.6, top_k=50, top_p=0.9)]
+)
 @pytest.mark.parametrize("space", ["latent", "raw"])
-def test_what_the_model_is_asked(space: str, drawing: Drawing, items: str, wide: Path) -> None:
-    """Greedy unless a temperature is given; an answer ends at the next question; in latent space
-    also where another latent would begin, but not at EoL, behind which the answer stands."""
-    model = Scripted(lambda _: "")
-    asking = Asking(where=items, tokenizer=wide, answer_tokens=17, drawing=drawing)
-    downstream.run(model, Spec.of(f"gsm8k/standard/{space}"), asking)
-    drawn = {"do_sample": False}
-    if drawing.temperature:
-        drawn = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
-    for prompt, settings in model.asked:
+def test_generation_settings(space: str, decoding: DecodingConfig, items: str, wide: Path) -> None:
+    """Greedy decoding unless a temperature is given. An answer ends at the next question; in latent
+    space also where another latent would begin, but not at EoL, after which the answer comes."""
+    model = ScriptedLM(lambda _: "")
+    options = TaskOptions(data_path=items, tokenizer=wide, max_answer_tokens=17, decoding=decoding)
+    downstream.run_task(model, TaskSpec.parse(f"gsm8k/standard/{space}"), options)
+    expected: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        expected = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
+    for prompt, settings in model.requests:
         until = settings.pop("until")
         assert "Q:" in until
         assert EOL not in until
         assert ({SOL, PRIOR, POST} <= {*until}) is (space == "latent")
-        assert settings == {"max_gen_toks": 17, **drawn}
+        assert settings == {"max_gen_toks": 17, **expected}
         assert prompt.endswith(SOL + PRIOR) is (space == "latent")
 
 
-def replies(texts: list[str]) -> Scripted:
-    """One after the other, whatever is asked."""
-    left = iter(texts)
-    return Scripted(lambda _: next(left))
+def scripted(texts: list[str]) -> ScriptedLM:
+    """A model that gives these answers in turn, whatever the prompt."""
+    answers = iter(texts)
+    return ScriptedLM(lambda _: next(answers))
 
 
 @pytest.mark.parametrize("space", ["latent", "raw"])
-def test_one_answer_a_grader_and_sample(space: str, items: str, wide: Path) -> None:
-    """The table shows what was asked, written and read. An answer that stands in the latent only,
-    or in one that never ended, is none."""
+def test_one_answer_for_each_grader_and_sample(space: str, items: str, wide: Path) -> None:
+    """The table contains prompt, completion, extracted answer and verdict. An answer that is in the
+    latent only, or in a latent without EoL, does not count."""
     texts = [
         f"1 + 1 is 2.{EOL} The answer is 2.",
         f"The answer is 2.{EOL} I cannot tell.",
@@ -182,156 +209,175 @@ def test_one_answer_a_grader_and_sample(space: str, items: str, wide: Path) -> N
     ]
     if space == "raw":
         texts = ["The answer is 2.", "I cannot tell.", "", "It is 4"]
-    spec, drawing = Spec.of(f"gsm8k/synthetic/{space}"), Drawing(samples=2, temperature=1.0)
-    asking = Asking(where=items, tokenizer=wide, answer_tokens=9, drawing=drawing, limit=2)
-    found = downstream.run(replies(texts), spec, asking)
+    spec = TaskSpec.parse(f"gsm8k/synthetic/{space}")
+    options = TaskOptions(
+        data_path=items,
+        tokenizer=wide,
+        max_answer_tokens=9,
+        decoding=DecodingConfig(samples=2, temperature=1.0),
+        limit=2,
+    )
+    answers = downstream.run_task(scripted(texts), spec, options)
     graders = GRADERS["gsm8k"]
-    assert [(a.question_id[-1], a.sample, a.grader) for a in found] == [
+    assert [(a.question_id[-1], a.sample, a.grader) for a in answers] == [
         (str(n), sample, grader) for n in range(2) for sample in range(2) for grader in graders
     ]
-    assert [a.completion for a in found] == [text for text in texts for _ in graders]
-    assert [a.correct for a in found] == [True, True, False, False, False, False, True, False]
-    assert [a.extracted for a in found] == ["2", "2", None, None, None, None, "4", None]
-    thoughts = ["1 + 1 is 2.", "The answer is 2.", "The answer is 2.", "So 4."]
-    wanted = thoughts if space == "latent" else [None] * 4
-    assert [a.thought for a in found] == [one for one in wanted for _ in graders]
-    prompts = {doc["id"]: doc["prompt"] for doc in documents(spec.name, items, wide)}
-    for answer in found:
+    assert [a.completion for a in answers] == [text for text in texts for _ in graders]
+    assert [a.correct for a in answers] == [True, True, False, False, False, False, True, False]
+    assert [a.extracted for a in answers] == ["2", "2", None, None, None, None, "4", None]
+    thoughts: list[Any] = ["1 + 1 is 2.", "The answer is 2.", "The answer is 2.", "So 4."]
+    if space == "raw":
+        thoughts = [None] * 4
+    assert [a.thought for a in answers] == [thought for thought in thoughts for _ in graders]
+    prompts = {doc["id"]: doc["prompt"] for doc in load_docs(spec.name, items, wide)}
+    for answer in answers:
         assert (answer.task, answer.prompts, answer.space) == ("gsm8k", "synthetic", space)
         assert (answer.subject, answer.shots, answer.lost_shots) == ("", 8, 0)
         assert answer.prompt == prompts[answer.question_id]
         assert answer.gold == ITEMS[int(answer.question_id[-1])]["answer"]
-    names = dict.fromkeys(answer.measure for answer in found)
-    assert list(names) == [spec.name, f"{spec.name}/strict"]
+    prefixes = dict.fromkeys(answer.metric_prefix for answer in answers)
+    assert list(prefixes) == [spec.name, f"{spec.name}/strict"]
 
 
-def test_the_parts_of_what_was_written() -> None:
-    """Only behind the first EoL stands an answer; raw text is all answer."""
-    assert parts(f"a{EOL} b{EOL}c", "latent") == ("a", f" b{EOL}c")
-    assert parts(EOL, "latent") == ("", "")
-    assert parts("a", "latent") == ("a", None)
-    assert parts(f"a{EOL}b", "raw") == (None, f"a{EOL}b")
+def test_thought_and_answer_of_a_completion() -> None:
+    """The answer follows the first EoL; in raw space the complete text is the answer."""
+    assert split_completion(f"a{EOL} b{EOL}c", "latent") == ("a", f" b{EOL}c")
+    assert split_completion(EOL, "latent") == ("", "")
+    assert split_completion("a", "latent") == ("a", None)
+    assert split_completion(f"a{EOL}b", "raw") == (None, f"a{EOL}b")
 
 
-def test_the_shares_are_lm_evals_and_worked_out_by_hand(items: str, wide: Path) -> None:
-    """Three samples of each of five questions: shares 1, 2/3, 1/3, 0, 0. The error is over
-    questions, since samples of one are not independent; and lm-eval's own mean is the same."""
-    right = [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 0), (0, 0, 0)]
-    texts = [f"It is {2 * n if one else 99}." for n, of in enumerate(right, 1) for one in of]
-    spec = Spec.of("gsm8k/standard/raw")
-    drawing = Drawing(samples=3, temperature=1.0)
-    asking = Asking(where=items, tokenizer=wide, answer_tokens=9, drawing=drawing)
-    answers = downstream.run(replies(texts), spec, asking)
-    found = measures(answers, "tests")
-    shares = [1, 2 / 3, 1 / 3, 0, 0]
-    spread = sum((share - 0.4) ** 2 for share in shares) / 4
-    assert found == {
+def test_accuracies_by_hand_and_by_lm_eval(items: str, wide: Path) -> None:
+    """Three samples of each of five questions, of which the fractions 1, 2/3, 1/3, 0 and 0 are
+    correct. The error is over questions, since samples of one are not independent; lm-eval's own
+    mean is the same."""
+    correct = [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 0), (0, 0, 0)]
+    texts = [
+        f"It is {2 * n if is_correct else 99}."
+        for n, samples in enumerate(correct, 1)
+        for is_correct in samples
+    ]
+    spec = TaskSpec.parse("gsm8k/standard/raw")
+    options = TaskOptions(
+        data_path=items,
+        tokenizer=wide,
+        max_answer_tokens=9,
+        decoding=DecodingConfig(samples=3, temperature=1.0),
+    )
+    answers = downstream.run_task(scripted(texts), spec, options)
+    fractions = [1, 2 / 3, 1 / 3, 0, 0]
+    variance = sum((fraction - 0.4) ** 2 for fraction in fractions) / 4
+    assert task_metrics(answers, "tests") == {
         "gsm8k/standard/raw/accuracy": pytest.approx(0.4),
-        "gsm8k/standard/raw/accuracy_se": pytest.approx(math.sqrt(spread / 5)),
+        "gsm8k/standard/raw/accuracy_se": pytest.approx(math.sqrt(variance / 5)),
         "gsm8k/standard/raw/strict/accuracy": 0,
         "gsm8k/standard/raw/strict/accuracy_se": 0,
         "gsm8k/standard/raw/questions": 5,
         "gsm8k/standard/raw/shots": 8,
         "gsm8k/standard/raw/lost_shots_fraction": 0,
     }
-    theirs: Any = evaluate(replies(texts), downstream.load(spec, asking), bootstrap_iters=0)
-    (means,) = theirs["results"].values()
+    task = downstream.load_task(spec, options)
+    results: Any = evaluate(scripted(texts), task, bootstrap_iters=0)
+    (means,) = results["results"].values()
     assert means["flexible,none"] == pytest.approx(0.4)
     assert means["strict,none"] == 0
 
 
-def answer(question_id: str, correct: bool, **more: Any) -> Answer:
-    return Answer(
+def answer(question_id: str, correct: bool, **changes: Any) -> TaskAnswer:
+    return TaskAnswer(
         **{
             "task": "gsm8k", "prompts": "standard", "space": "raw", "subject": "", "sample": 0,
             "shots": 8, "lost_shots": 0, "prompt": "Q", "completion": "A", "thought": None,
             "gold": "1", "grader": "flexible", "extracted": None,
-            "question_id": question_id, "correct": correct, **more,
+            "question_id": question_id, "correct": correct, **changes,
         }
     )  # fmt: skip
 
 
 def test_accuracy_and_its_error() -> None:
-    """Questions with unlike many samples count alike; one question alone has no error."""
-    found = [answer("a", True), answer("a", False), answer("b", True), answer("c", False)]
-    mean, error = accuracy(found)
+    """Questions have equal weights, however many samples they have; one question has no error."""
+    answers = [answer("a", True), answer("a", False), answer("b", True), answer("c", False)]
+    mean, error = mean_accuracy(answers)
     assert mean == pytest.approx(0.5)
     assert error == pytest.approx(np.std([0.5, 1, 0], ddof=1) / math.sqrt(3))
-    mean, error = accuracy(found[:2])
+    mean, error = mean_accuracy(answers[:2])
     assert mean == 0.5
     assert math.isnan(error)
 
 
-def test_short_prompts_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """A share under lost shots is another measure: it is in the metrics and on standard error, as
-    are questions that were not asked and thoughts that never ended. Each sample counts once, not
-    once a grader."""
-    name, whole = "gsm8k/standard/latent", {"space": "latent", "completion": f"t{EOL} 1"}
-    found = [
-        answer("a", True, **whole),
-        answer("b", True, **whole | {"shots": 5, "lost_shots": 3}),
-        answer("c", False, **whole | {"shots": -1, "lost_shots": 8, "completion": ""}),
-        answer("d", False, **whole | {"completion": "no end"}),
-        answer("e", False, **whole | {"completion": "The answer is 1."}),
+def test_lost_examples_and_questions_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """An accuracy with fewer examples is another measure: it is in the metrics and on standard
+    error, as are questions that were not asked; thoughts without EoL are in the metrics. Each
+    completion counts once, not once for each grader."""
+    name, ended = "gsm8k/standard/latent", {"space": "latent", "completion": f"t{EOL} 1"}
+    answers = [
+        answer("a", True, **ended),
+        answer("b", True, **ended | {"shots": 5, "lost_shots": 3}),
+        answer("c", False, **ended | {"shots": -1, "lost_shots": 8, "completion": ""}),
+        answer("d", False, **ended | {"completion": "no end"}),
+        answer("e", False, **ended | {"completion": "The answer is 1."}),
     ]
-    found += [replace(one, grader="strict", correct=False) for one in found]
-    measured = measures(found, "evaluate tiny")
-    assert measured[f"{name}/accuracy"] == 2 / 5
-    assert measured[f"{name}/strict/accuracy"] == 0
-    assert measured[f"{name}/questions"] == 5
-    assert measured[f"{name}/shots"] == (8 + 5 + 0 + 8 + 8) / 5
-    assert measured[f"{name}/lost_shots_fraction"] == 2 / 5
-    assert measured[f"{name}/unasked_fraction"] == 1 / 5
-    assert measured[f"{name}/unfinished_fraction"] == 2 / 4
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert f"evaluate tiny: 2 of 5 prompts of {name} lost shots" in told.err
-    assert f"evaluate tiny: 1 questions of {name} are beyond the window" in told.err
-    measures([answer("a", True), answer("b", False)], "evaluate tiny")
+    answers += [replace(first, grader="strict", correct=False) for first in answers]
+    metrics = task_metrics(answers, "evaluate tiny")
+    assert metrics[f"{name}/accuracy"] == 2 / 5
+    assert metrics[f"{name}/strict/accuracy"] == 0
+    assert metrics[f"{name}/questions"] == 5
+    assert metrics[f"{name}/shots"] == (8 + 5 + 0 + 8 + 8) / 5
+    assert metrics[f"{name}/lost_shots_fraction"] == 2 / 5
+    assert metrics[f"{name}/unasked_fraction"] == 1 / 5
+    assert metrics[f"{name}/invalid_fraction"] == 2 / 4
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"evaluate tiny: 2 of 5 prompts of {name} lost few-shot examples" in output.err
+    assert f"evaluate tiny: 1 of 5 prompts of {name} do not fit" in output.err
+    task_metrics([answer("a", True), answer("b", False)], "evaluate tiny")
     assert capsys.readouterr().err == ""
 
 
-def test_a_question_beyond_the_window(base_folder: Path, tmp_path: Path) -> None:
-    """It has no prompt and counts as wrong, all its shots as lost; the others are asked with the
-    shots that fit."""
+def test_a_question_that_does_not_fit(base_folder: Path, tmp_path: Path) -> None:
+    """It has no prompt and counts as wrong, with all its examples lost; the other question is asked
+    with the examples that fit."""
     rows = [{"question": "word " * n, "answer": "#### 1"} for n in (1, 1000)]
-    where = upstream.write(tmp_path, "gsm8k", rows)
-    asking = Asking(where=where, tokenizer=base_folder, answer_tokens=9)
-    model = Scripted(lambda prompt: "The answer is 1." if prompt else "")
-    short, *_, long = downstream.run(model, Spec.of("gsm8k/standard/raw"), asking)
+    data_path = upstream.write(tmp_path, "gsm8k", rows)
+    options = TaskOptions(data_path=data_path, tokenizer=base_folder, max_answer_tokens=9)
+    model = ScriptedLM(lambda prompt: "The answer is 1." if prompt else "")
+    spec = TaskSpec.parse("gsm8k/standard/raw")
+    short, *_, long = downstream.run_task(model, spec, options)
     assert (long.prompt, long.shots, long.lost_shots, long.correct) == ("", -1, 8, False)
     assert short.correct
     assert short.shots + short.lost_shots == 8
     coder = TextCoder(base_folder)
-    assert 1 + len(encode(coder, short.prompt)) + 9 <= coder.window
+    assert 1 + len(encode_prompt(coder, short.prompt)) + 9 <= coder.context_length
 
 
-FORM = r"\(gsm8k\|math\|mmlu_stem\|questions\)/\(standard\|synthetic\)/\(latent\|raw\)"
+TASK_NAMES = r"\|".join(get_args(TaskName))
+FORM = rf"\({TASK_NAMES}\)/\(standard\|synthetic\)/\(latent\|raw\)"
 
 
-BAD = [
+INVALID = [
     "", "gsm8k", "gsm8k/standard", "gsm8k/raw/standard", "gsm8k/standard/raw/", "mmlu/standard/raw",
     "gsm8k/few/raw", "gsm8k/standard/none", " gsm8k/standard/raw", "GSM8K/standard/raw",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", BAD)
-def test_what_names_no_task_is_told(text: str) -> None:
-    """The message says what can be written there."""
+@pytest.mark.parametrize("text", INVALID)
+def test_an_invalid_task_specification(text: str) -> None:
+    """The message says what is allowed."""
     with pytest.raises(UserError, match=rf"evaluate\.tasks: '{text}' is not of the form {FORM}"):
-        Spec.of(text)
+        TaskSpec.parse(text)
 
 
-def test_the_names_of_tasks() -> None:
-    """Every combination is one, but the corpus's own questions with shots that nobody wrote."""
-    for task in FORMS:
+def test_all_task_specifications() -> None:
+    """Every combination is valid, except the corpus's own questions with synthetic examples."""
+    spaces: tuple[ThoughtSpace, ...] = ("latent", "raw")
+    for task in PROMPT_FORMS:
         for prompts in ("standard", "synthetic"):
-            for space in ("latent", "raw"):
+            for space in spaces:
                 text = f"{task}/{prompts}/{space}"
                 if (task, prompts) == ("questions", "synthetic"):
                     with pytest.raises(UserError, match="questions/standard"):
-                        Spec.of(text)
+                        TaskSpec.parse(text)
                     continue
-                spec = Spec.of(text)
+                spec = TaskSpec.parse(text)
                 assert (spec.task, spec.prompts, spec.space) == (task, prompts, space)
                 assert spec.name == text

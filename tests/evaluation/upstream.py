@@ -1,5 +1,7 @@
-"""lm-eval's own gsm8k_cot, minerva_math and FLAN CoT MMLU, on rows that lie here: everything but
-where the rows come from is theirs. And a model of lm-eval that says what it is told to say."""
+"""lm-eval's own gsm8k_cot, minerva_math and FLAN CoT MMLU on local rows, and a scripted model.
+
+Everything but the source of the rows is lm-eval's.
+"""
 
 import gzip
 import importlib.metadata
@@ -20,12 +22,13 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from boltlm.corpus.benchmarks import STEM
+from boltlm.corpus.benchmarks import STEM_SUBJECTS
+from boltlm.evaluation.task_spec import TaskName
 from tests import tiny
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
-BENCHMARKS = ("gsm8k", "math", "mmlu_stem")
-GRADERS = {  # filter and metric of theirs → grader of ours
+BENCHMARKS: tuple[TaskName, ...] = ("gsm8k", "math", "mmlu_stem")
+GRADERS = {  # lm-eval's filter and metric → our grader
     ("flexible-extract", "exact_match"): "flexible",
     ("strict-match", "exact_match"): "strict",
     ("none", "math_verify"): "math_verify",
@@ -33,7 +36,7 @@ GRADERS = {  # filter and metric of theirs → grader of ours
 }
 Row = dict[str, Any]
 
-# What a template or a strip could spoil: white space at the ends, braces, line breaks, signs.
+# Text that a template or a strip could change: white space at the ends, braces, line breaks, signs.
 _GSM8K = [
     ("Janet’s ducks lay 16 eggs.  How many is that?", "16"),
     (" How many legs do 3 cows have? ", "12"),
@@ -48,7 +51,7 @@ _GSM8K = [
     ("[1, 2, 3]", "6"),
     ("11", "11"),
 ]
-MATH = [  # subject, problem, gold, the same in another spelling, something else
+MATH = [  # subject, problem, gold answer, an equal answer, a different one
     ("Algebra", "Solve $x + 1 = 3$.", "2", "x = 2", "3"),
     ("Algebra", "Where is $-1 < x \\le 4$?\n", "(-1,4]", r"\left(-1, 4\right]", "(-1,4)"),
     ("Algebra", "Which interval is left of $3$?", r"(-\infty,3)", r"\left(-\infty, 3\right)", "3"),
@@ -64,8 +67,8 @@ MATH = [  # subject, problem, gold, the same in another spelling, something else
 ]
 
 
-# What a model may say, and who calls it right: our graders, theirs. {g} is the gold as the data has
-# it, {n} it without commas, {w} another number, {m} its negative with a true minus sign.
+# Completions, with our graders and lm-eval's that accept them. {g} is the gold answer as in the
+# data, {n} the same without commas, {w} another number, {m} its negative with a Unicode minus sign.
 FLEXIBLE, STRICT = {"flexible"}, {"strict"}
 BOTH, NONE = FLEXIBLE | STRICT, set[str]()
 NUMBERS = [
@@ -81,13 +84,13 @@ NUMBERS = [
     ("", NONE, NONE),
     ("The answer is {w}.</s> The answer is {g}.", NONE, NONE),
     ("The answer is {w}.<|im_end|> The answer is {g}.", NONE, NONE),
-    # Wanted: numbers are compared as numbers, and a true minus is a minus.
+    # Intended: numbers are compared as numbers, and a Unicode minus sign is a minus sign.
     ("The answer is {n}.00.", BOTH, NONE),
     ("The answer is {g}...", BOTH, NONE),
     ("The answer is {m}.", NONE, FLEXIBLE),
 ]
 LETTER = {"letter"}
-LETTERS = [  # {g} is the gold, {w} another letter, {s} the gold in small
+LETTERS = [  # {g} is the gold answer, {w} another letter, {s} the gold answer in lower case
     ("2 > 1. The answer is ({g}).", LETTER, LETTER),
     ("The answer is ({w}).", NONE, NONE),
     ("The answer is {g}.", LETTER, LETTER),
@@ -99,15 +102,15 @@ LETTERS = [  # {g} is the gold, {w} another letter, {s} the gold in small
     ("I cannot tell.", NONE, NONE),
     ("", NONE, NONE),
     ("I cannot tell.</s> The answer is ({g}).", NONE, NONE),
-    # Wanted: what follows the letter does not matter, nothing is dropped from a line's end, and a
-    # new question ends the answer.
+    # Intended: text after the letter does not matter, no character is removed from the end of a
+    # line, and a new question ends the answer.
     ("The answer is ({g}) because 2 > 1.", LETTER, NONE),
     ("The answer is {g}", LETTER, NONE),
     ("The answer is {g}e", NONE, LETTER),
     ("I cannot tell.\n\nQ: Two of 7?\nA: The answer is ({g}).", NONE, LETTER),
 ]
 VERIFIED = {"math_verify"}
-FORMULAS = [  # {g} is the gold, {s} the same in another spelling, {w} something else
+FORMULAS = [  # {g} is the gold answer, {s} an equal one, {w} a different one
     ("So. Final Answer: The final answer is ${g}$. I hope it is correct.", VERIFIED, VERIFIED),
     ("Final Answer: The final answer is ${s}$. I hope it is correct.", VERIFIED, VERIFIED),
     ("Final Answer: The final answer is ${w}$. I hope it is correct.", NONE, NONE),
@@ -117,11 +120,11 @@ FORMULAS = [  # {g} is the gold, {s} the same in another spelling, {w} something
     ("I cannot tell.", NONE, NONE),
     ("", NONE, NONE),
 ]
-TOLD = {"gsm8k": NUMBERS, "math": FORMULAS, "mmlu_stem": LETTERS}
+COMPLETIONS = {"gsm8k": NUMBERS, "math": FORMULAS, "mmlu_stem": LETTERS}
 
 
 def rows(task: str) -> list[Row]:
-    """A dozen of our own, or one a subject, and the first of the real ones where there are any."""
+    """A dozen synthetic rows, or one per subject, and some real rows where they are available."""
     if task == "math":
         return [
             {
@@ -133,24 +136,24 @@ def rows(task: str) -> list[Row]:
             for subject, problem, gold, *_ in MATH
         ]
     if task == "gsm8k":
-        own = [
+        synthetic = [
             {"question": question, "answer": f"That is <<3+4=7>>7.\n#### {gold}"}
             for question, gold in _GSM8K
         ]
-        return own + list(islice(real("gsm8k_test"), 200))
+        return synthetic + list(islice(real("gsm8k_test"), 200))
     choices = ["no {{x}}", "(B) ", " 12", "none of the above"]
-    found: list[Row] = []
-    known = real("mmlu_stem_test")
-    for number, subject in enumerate(STEM):
+    mmlu_rows: list[Row] = []
+    real_rows = real("mmlu_stem_test")
+    for number, subject in enumerate(STEM_SUBJECTS):
         question = f" Which one,\n{number} or {{{{x}}}}? \n"
         row = {"question": question, "choices": choices, "answer": number % 4, "subject": subject}
-        others = (one for one in known if one["subject"] == subject)
-        found += [row, *islice(others, 10)]
-    return found
+        others = (other for other in real_rows if other["subject"] == subject)
+        mmlu_rows += [row, *islice(others, 10)]
+    return mmlu_rows
 
 
 def real(name: str) -> list[Row]:
-    """Rows of the shared data, none where it is not there."""
+    """Rows of the shared data, none where it is missing."""
     path = tiny.SHARED / "eval" / f"{name}.jsonl.gz"
     if not path.is_file():
         return []
@@ -158,10 +161,10 @@ def real(name: str) -> list[Row]:
         return [json.loads(line) for line in file]
 
 
-def words(task: str, row: Row) -> dict[str, Any]:
-    """What the forms are filled with."""
+def fields(task: str, row: Row) -> dict[str, Any]:
+    """The values of the fields of COMPLETIONS for a row."""
     if task == "math":
-        gold, same, wrong = next(one[2:] for one in MATH if one[1] == row["problem"])
+        gold, same, wrong = next(entry[2:] for entry in MATH if entry[1] == row["problem"])
         return {"g": gold, "s": same, "w": wrong}
     if task == "mmlu_stem":
         gold = "ABCD"[row["answer"]]
@@ -171,33 +174,41 @@ def words(task: str, row: Row) -> dict[str, Any]:
     return {"g": gold, "n": number, "w": number + 1, "m": f"−{abs(number)}"}
 
 
-def write(folder: Path, task: str, found: Sequence[Row]) -> str:
-    """A file that our tasks read."""
+def write(folder: Path, task: str, task_rows: Sequence[Row]) -> str:
+    """Write a file that our tasks read."""
     path = folder / f"{task}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in task_rows), encoding="utf-8")
     return str(path)
 
 
-def theirs(task: str, found: Sequence[Row]) -> dict[str, ConfigurableTask]:
-    """Their task of each subject that has rows, in the order of the rows."""
+def lm_eval_tasks(task: str, task_rows: Sequence[Row]) -> dict[str, ConfigurableTask]:
+    """lm-eval's task for each subject that has rows, in the order of the rows."""
     if task == "gsm8k":
-        return {"": _task(TASKS / "gsm8k/gsm8k-cot.yaml", found)}
+        return {"": _lm_eval_task(TASKS / "gsm8k/gsm8k-cot.yaml", task_rows)}
     column = "type" if task == "math" else "subject"
-    groups: dict[str, list[Row]] = {}
-    for row in found:
-        groups.setdefault(row[column], []).append(row)
+    by_subject: dict[str, list[Row]] = {}
+    for row in task_rows:
+        by_subject.setdefault(row[column], []).append(row)
     if task == "mmlu_stem":
         folder = TASKS / "mmlu/flan_cot_fewshot"
-        return {name: _task(folder / f"mmlu_{name}.yaml", of) for name, of in groups.items()}
+        return {
+            subject: _lm_eval_task(folder / f"mmlu_{subject}.yaml", subject_rows)
+            for subject, subject_rows in by_subject.items()
+        }
     files = sorted((TASKS / "minerva_math").glob("minerva_math_*.yaml"))
-    named = {load_yaml(file, resolve_func=False)["dataset_name"]: file for file in files}
-    folders = {name: name.lower().replace("&", "and").replace(" ", "_") for name in groups}
-    return {folders[name]: _task(named[folders[name]], of) for name, of in groups.items()}
+    by_name = {load_yaml(file, resolve_func=False)["dataset_name"]: file for file in files}
+    names = {
+        subject: subject.lower().replace("&", "and").replace(" ", "_") for subject in by_subject
+    }
+    return {
+        names[subject]: _lm_eval_task(by_name[names[subject]], subject_rows)
+        for subject, subject_rows in by_subject.items()
+    }
 
 
-def _task(file: Path, found: Sequence[Row]) -> ConfigurableTask:
-    config: dict[str, Any] = _minerva(file) if "minerva" in file.name else load_yaml(file)
-    dataset = Dataset.from_list(list(found))
+def _lm_eval_task(file: Path, task_rows: Sequence[Row]) -> ConfigurableTask:
+    config: dict[str, Any] = _load_minerva(file) if "minerva" in file.name else load_yaml(file)
+    dataset = Dataset.from_list(list(task_rows))
     config["custom_dataset"] = lambda **_: {
         "train": dataset,
         "validation": dataset,
@@ -206,48 +217,49 @@ def _task(file: Path, found: Sequence[Row]) -> ConfigurableTask:
     return ConfigurableTask(config={key: config[key] for key in config if key != "tag"})
 
 
-def _minerva(file: Path) -> dict[str, Any]:
-    """Its module wants another antlr for its metric `exact_match`, which is no matter here: it is
-    told that it has it, and that metric is switched off."""
+def _load_minerva(file: Path) -> dict[str, Any]:
+    """A task of minerva_math. Its metric `exact_match` requires another version of antlr, which
+    does not matter here: that version is pretended to be installed, and the metric disabled."""
     version = importlib.metadata.version
-    before = set(sys.modules)
+    modules = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         antlr = "antlr4-python3-runtime"
         patch.setattr(
             importlib.metadata, "version", lambda name: "4.11" if name == antlr else version(name)
         )
         config: dict[str, Any] = load_yaml(file)
-    for name in set(sys.modules) - before:
+    for name in set(sys.modules) - modules:
         if name.endswith("minerva_math.utils"):
             del sys.modules[name]
     config["process_results"].__globals__["is_equiv"] = lambda *_: False
     return config
 
 
-def requested(task: Any) -> list[str]:
-    """The prompts that lm-eval hands to a model."""
+def requested_prompts(task: Any) -> list[str]:
+    """The prompts that lm-eval passes to a model."""
     task.build_all_requests(limit=None, rank=0, world_size=1)
     return [instance.args[0] for instance in task.instances]
 
 
-def question(prompt: str) -> str:
-    """What a prompt asks: all behind the beginning of its last question."""
+def last_question(prompt: str) -> str:
+    """The text after the prefix of a prompt's last question."""
     return re.split(r"(?:^|\n\n)(?:Q: |Problem:\n)", prompt)[-1]
 
 
-class Scripted(LM):
-    """Says `reply` of a prompt up to the first stop string, as lm-eval's models do."""
+class ScriptedLM(LM):
+    """Answers a prompt with `reply(prompt)` up to the first stop string, as lm-eval's models do,
+    and records the requests."""
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         super().__init__()
-        self.reply, self.asked = reply, list[tuple[str, dict[str, Any]]]()
+        self.reply, self.requests = reply, list[tuple[str, dict[str, Any]]]()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
-        self.asked += [request.args for request in requests]
-        return [self._said(*request.args) for request in requests]
+        self.requests += [request.args for request in requests]
+        return [self._completion(*request.args) for request in requests]
 
-    def _said(self, prompt: str, settings: dict[str, Any]) -> str:
+    def _completion(self, prompt: str, settings: dict[str, Any]) -> str:
         text = self.reply(prompt)
         for stop in settings["until"]:
             text = text.partition(stop)[0]
@@ -260,24 +272,25 @@ class Scripted(LM):
         raise NotImplementedError
 
 
-def verdicts(tasks: dict[str, ConfigurableTask], model: LM) -> dict[str, dict[str, bool]]:
-    """What their metrics say of the model's answers: question → grader of ours → right or not."""
-    found: Any = evaluate(model, {"tasks": dict(tasks)}, log_samples=True, bootstrap_iters=0)  # pyright: ignore[reportArgumentType]
-    said: dict[str, dict[str, bool]] = {}
-    for samples in found["samples"].values():
+def lm_eval_verdicts(tasks: dict[str, ConfigurableTask], model: LM) -> dict[str, dict[str, bool]]:
+    """The verdicts of lm-eval's metrics on the model's answers, by question and our grader."""
+    results: Any = evaluate(model, {"tasks": dict(tasks)}, log_samples=True, bootstrap_iters=0)  # pyright: ignore[reportArgumentType]
+    verdicts: dict[str, dict[str, bool]] = {}
+    for samples in results["samples"].values():
         for sample in samples:
-            asked = question(sample["arguments"][0][0])
-            for (chain, metric), grader in GRADERS.items():
-                if chain == sample["filter"] and metric in sample:
-                    said.setdefault(asked, {})[grader] = bool(sample[metric])
-    return said
+            question = last_question(sample["arguments"][0][0])
+            for (filter_name, metric), grader in GRADERS.items():
+                if filter_name == sample["filter"] and metric in sample:
+                    verdicts.setdefault(question, {})[grader] = bool(sample[metric])
+    return verdicts
 
 
-def wide(base_folder: Path, folder: Path, window: int = 100_000) -> Path:
-    """A model's tokenizer with another window, by default one that takes every prompt."""
+def copy_tokenizer(base_folder: Path, folder: Path, context_length: int = 100_000) -> Path:
+    """A copy of a model's tokenizer with another context length, by default one in which every
+    prompt fits."""
     folder.mkdir(exist_ok=True)
     shutil.copy(base_folder / "tokenizer.json", folder)
     config = json.loads((base_folder / "config.json").read_text("utf-8"))
-    config["max_position_embeddings"] = window
+    config["max_position_embeddings"] = context_length
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -1,1 +1,1 @@
-"""Text becomes documents, documents become chunks of token ids."""
+"""Text sources, the corpora made from them, and their chunks as token ids."""

@@ -1,19 +1,20 @@
-"""Benchmarks as plain items: GSM8K, MATH and the STEM subjects of MMLU, from files or the hub."""
+"""Benchmark items: GSM8K, MATH and the STEM subjects of MMLU, from files or the hub."""
 
 import glob
 import re
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from boltlm.corpus.sources import hub_rows, json_rows, parquet_rows
+from boltlm.corpus.readers import read_rows, stream_hub
 from boltlm.errors import UserError
-from boltlm.params import section
 
-LETTERS = "ABCD"
-FILES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-MATH = (
+BenchmarkName = Literal["gsm8k", "math", "mmlu_stem"]
+BENCHMARKS: tuple[BenchmarkName, ...] = typing.get_args(BenchmarkName)
+BENCHMARK_FILE_TYPES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+MATH_SUBJECTS = (
     "algebra",
     "counting_and_probability",
     "geometry",
@@ -22,7 +23,7 @@ MATH = (
     "prealgebra",
     "precalculus",
 )
-STEM = (
+STEM_SUBJECTS = (
     "abstract_algebra",
     "anatomy",
     "astronomy",
@@ -43,16 +44,17 @@ STEM = (
     "high_school_statistics",
     "machine_learning",
 )
+_CHOICE_LETTERS = "ABCD"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """A question of a benchmark.
+class BenchmarkItem:
+    """A question of a benchmark with its gold solution.
 
-    `item_id`: the row's own `id`, or its kind, subject, split and number within the subject.
-    `subject`: as the hub's configs are named; empty for GSM8K. `choices`: four in MMLU, else none.
-    `solution`: the gold as the data set has it: GSM8K's whole `answer`, MATH's `solution`, MMLU's
-    letter.
+    `item_id`: the row's own `id`, or else the benchmark, subject, split and the item's number
+    within the subject. `subject`: the name of the hub's config; empty for GSM8K. `choices`: four in
+    MMLU, none elsewhere. `solution`: as the data set has it, which is GSM8K's complete `answer`,
+    MATH's `solution` or the letter of MMLU's correct choice.
     """
 
     item_id: str
@@ -62,131 +64,118 @@ class Item:
     solution: str
 
 
-Parts = tuple[str, str, tuple[str, ...], str]  # subject, question, choices, solution
+_ParsedRow = tuple[str, str, tuple[str, ...], str]  # subject, question, choices, solution
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
-    """`columns`: those that each row must have; `configs`: those of the hub's data set, and
-    `subject` the column that they stand for."""
+class _BenchmarkFormat:
+    """`columns`: those that each row must have. `configs`: those of the hub's data set, unused for
+    files. `subject_column`: the column whose value a config's name replaces, if any."""
 
     columns: tuple[str, ...]
-    parts: Callable[[Mapping[str, Any]], Parts]
+    parse: Callable[[Mapping[str, Any]], _ParsedRow]
     configs: tuple[str, ...]
-    subject: str | None
+    subject_column: str | None
 
 
-def _gsm8k(row: Mapping[str, Any]) -> Parts:
+def _parse_gsm8k(row: Mapping[str, Any]) -> _ParsedRow:
     return "", row["question"], (), row["answer"]
 
 
-def _math(row: Mapping[str, Any]) -> Parts:
+def _parse_math(row: Mapping[str, Any]) -> _ParsedRow:
     subject = re.sub(r"\W+", "_", row["type"].lower().replace("&", "and"))
-    if subject not in MATH:
-        raise UserError(f"type '{row['type']}' is no subject of MATH ({', '.join(MATH)})")
+    if subject not in MATH_SUBJECTS:
+        raise UserError(f"type '{row['type']}' is no subject of MATH ({', '.join(MATH_SUBJECTS)})")
     return subject, row["problem"], (), row["solution"]
 
 
-def _mmlu(row: Mapping[str, Any]) -> Parts:
+def _parse_mmlu(row: Mapping[str, Any]) -> _ParsedRow:
     choices, answer = tuple(row["choices"]), row["answer"]
-    if len(choices) != len(LETTERS) or answer not in range(len(LETTERS)):
+    if len(choices) != len(_CHOICE_LETTERS) or answer not in range(len(_CHOICE_LETTERS)):
         raise UserError(f"expected four choices and an answer 0 to 3, found {choices}, {answer!r}")
-    return row["subject"], row["question"], choices, LETTERS[answer]
+    return row["subject"], row["question"], choices, _CHOICE_LETTERS[answer]
 
 
-_KINDS = {
-    "gsm8k": _Kind(columns=("question", "answer"), parts=_gsm8k, configs=("main",), subject=None),
-    "math": _Kind(
-        columns=("problem", "solution", "type"), parts=_math, configs=MATH, subject="type"
+_ROW_FORMATS: dict[BenchmarkName, _BenchmarkFormat] = {
+    "gsm8k": _BenchmarkFormat(
+        columns=("question", "answer"), parse=_parse_gsm8k, configs=("main",), subject_column=None
     ),
-    "mmlu_stem": _Kind(
+    "math": _BenchmarkFormat(
+        columns=("problem", "solution", "type"),
+        parse=_parse_math,
+        configs=MATH_SUBJECTS,
+        subject_column="type",
+    ),
+    "mmlu_stem": _BenchmarkFormat(
         columns=("question", "choices", "answer", "subject"),
-        parts=_mmlu,
-        configs=STEM,
-        subject="subject",
+        parse=_parse_mmlu,
+        configs=STEM_SUBJECTS,
+        subject_column="subject",
     ),
 }
-KINDS = tuple(_KINDS)
 
 
-def chosen(params: Mapping[str, Any]) -> dict[str, str]:
-    """Params section `benchmarks`: kind → where it is read from. Raises UserError for another."""
-    found = section(params, "benchmarks")
-    if not isinstance(found, Mapping) or not all(isinstance(at, str) for at in found.values()):
-        raise UserError(
-            "params.yaml: benchmarks must map kinds to files or hub names ({}: none),"
-            f" found {found!r}"
-        )
-    for kind in found:
-        _kind(kind)
-    return dict(found)
-
-
-def items(kind: str, where: str, split: str = "test") -> Iterator[Item]:
+def read_benchmark(
+    name: BenchmarkName, data_path: str, split: str = "test"
+) -> Iterator[BenchmarkItem]:
     """The items of a benchmark in the order of its files, or of the hub's configs.
 
-    `where`: a path or glob pattern of JSONL (also .gz) or Parquet, or a data set of the hub, of
-    which `split` is read. Subjects of MMLU beyond STEM are passed over. Raises UserError where a
-    file or column is missing, two items share an id, or there is none.
+    `data_path`: a path or glob pattern of JSONL (also .gz) or Parquet files, or the name of a data
+    set of the hub, of which `split` is read. Subjects of MMLU outside STEM are skipped. Raises
+    UserError where a file or column is missing, two items share an id, or there is no item.
     """
-    numbers: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     seen: set[str] = set()
-    for origin, row in _rows(kind, where, split):
-        item = _item(kind, row, origin, numbers, split)
-        if kind == "mmlu_stem" and item.subject not in STEM:
+    for location, row in _rows(name, data_path, split):
+        item = _item(name, row, location, counts, split)
+        if name == "mmlu_stem" and item.subject not in STEM_SUBJECTS:
             continue
         if item.item_id in seen:
-            raise UserError(f"{origin}: a second item has the id '{item.item_id}'")
+            raise UserError(f"{location}: a second item has the id '{item.item_id}'")
         seen.add(item.item_id)
         yield item
     if not seen:
-        raise UserError(f"benchmarks.{kind}: '{where}' holds no item of it")
+        raise UserError(f"benchmarks.{name}: '{data_path}' has no item of this benchmark")
 
 
-def _kind(kind: str) -> _Kind:
-    if kind not in _KINDS:
-        raise UserError(f"params.yaml: unknown benchmark '{kind}'; known: {', '.join(KINDS)}")
-    return _KINDS[kind]
-
-
-def _rows(kind: str, where: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place, for messages."""
-    known = _kind(kind)
-    if where.endswith(FILES):
-        paths = sorted(glob.glob(where))
+def _rows(name: BenchmarkName, data_path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with its location for error messages."""
+    if data_path.endswith(BENCHMARK_FILE_TYPES):
+        paths = sorted(glob.glob(data_path))
         if not paths:
             raise UserError(
-                f"benchmarks.{kind}: no such file '{where}'; give a path or glob pattern, or a"
-                " Hugging Face hub name"
+                f"benchmarks.{name}: no such file '{data_path}'; give a path or glob pattern, or"
+                " the name of a data set of the Hugging Face hub"
             )
         for path in paths:
-            rows = parquet_rows(path) if path.endswith(".parquet") else json_rows(path)
-            yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
+            yield from ((f"{path}, row {n}", row) for n, row in enumerate(read_rows(path), 1))
         return
-    for config in known.configs:
-        named = {known.subject: config} if known.subject else {}
-        rows = hub_rows(where, config, split)
-        yield from ((f"{where} ({config}), row {n}", row | named) for n, row in enumerate(rows, 1))
+    column = _ROW_FORMATS[name].subject_column
+    for config in _ROW_FORMATS[name].configs:
+        subject = {column: config} if column else {}
+        for n, row in enumerate(stream_hub(data_path, config, split), 1):
+            yield f"{data_path} ({config}), row {n}", row | subject
 
 
 def _item(
-    kind: str, row: Mapping[str, Any], origin: str, numbers: Counter[str], split: str
-) -> Item:
-    known = _kind(kind)
-    for column in known.columns:
+    name: BenchmarkName, row: Mapping[str, Any], location: str, counts: Counter[str], split: str
+) -> BenchmarkItem:
+    """The item of a row. `counts`: the items of each subject so far; this one is added."""
+    columns = _ROW_FORMATS[name].columns
+    for column in columns:
         if column not in row:
             raise UserError(
-                f"{origin}: no column '{column}'; {kind} needs {', '.join(known.columns)},"
+                f"{location}: no column '{column}'; {name} needs {', '.join(columns)},"
                 f" and the row has {', '.join(row)}"
             )
     try:
-        subject, question, choices, solution = known.parts(row)
+        subject, question, choices, solution = _ROW_FORMATS[name].parse(row)
     except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
-    number = numbers[subject]
-    numbers[subject] += 1
-    parts = (kind, *([subject] if subject else []), split, f"{number:05d}")
+        raise UserError(f"{location}: {error}") from error
+    number = counts[subject]
+    counts[subject] += 1
+    parts = (name, *([subject] if subject else []), split, f"{number:05d}")
     item_id = str(row["id"]) if "id" in row else "-".join(parts)
-    return Item(
+    return BenchmarkItem(
         item_id=item_id, subject=subject, question=question, choices=choices, solution=solution
     )

@@ -1,7 +1,7 @@
-"""Documents become chunks of whole sentences, tokenised once, alone, and without loss.
+"""Documents are cut into chunks of whole sentences; each chunk is tokenised alone, without loss.
 
-Invariants (SPEC section 2): joining a document's sentences, or its chunks, gives its text back
-byte for byte; so does decoding the ids of all its chunks, joined.
+Joining the sentences of a document, or its chunks, gives its text back exactly; so does decoding
+the token ids of all its chunks, joined (docs/method.md, section 2).
 """
 
 import itertools
@@ -17,22 +17,22 @@ from boltlm.errors import UserError
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 
-# A sentence ends behind . ! ? or … and closing marks where white space follows, or before a blank
-# line; not behind an initial or one of these abbreviations.
+# A sentence ends after . ! ? or … and closing marks if white space follows, and before a blank
+# line, but not after an initial or one of these abbreviations.
 _ABBREVIATIONS = (
     "e.g|i.e|cf|vs|etc|al|Fig|Figs|Eq|Eqs|Sec|Ch|No|Dr|Mr|Mrs|Ms|Prof|St|Thm|Def|approx|resp"
 )
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
-_LOOK_BACK = 16  # characters; more than the longest abbreviation takes
+_LOOK_BACK = 16  # characters, more than the longest abbreviation has
 
 
 class LossyTextError(UserError):
-    """The tokenizer cannot give this document's text back."""
+    """The tokenizer cannot reproduce the text of a document."""
 
 
-class Encoder(Protocol):
-    """What chunking needs of a tokenizer: `boltlm.tokens.TextCoder` is one."""
+class ChunkEncoder(Protocol):
+    """What chunking needs of a tokenizer; `boltlm.tokens.TextCoder` implements it."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
@@ -42,20 +42,24 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chunking:
-    """Params section `chunks`: lengths in sentences, Poisson(mean) truncated to [least, most]."""
+class ChunkingConfig:
+    """Chunk lengths in sentences: Poisson(mean_sentences) truncated to [min_sentences,
+    max_sentences]."""
 
     mean_sentences: float
-    least_sentences: int
-    most_sentences: int
+    min_sentences: int
+    max_sentences: int
 
     def __post_init__(self) -> None:
-        if self.mean_sentences <= 0 or not 1 <= self.least_sentences <= self.most_sentences:
-            raise UserError("mean_sentences > 0 and 1 ≤ least_sentences ≤ most_sentences")
+        if self.mean_sentences <= 0 or not 1 <= self.min_sentences <= self.max_sentences:
+            raise UserError(
+                "expected mean_sentences > 0 and 1 ≤ min_sentences ≤ max_sentences, found"
+                f" {self.mean_sentences}, {self.min_sentences} and {self.max_sentences}"
+            )
 
 
-def encodable(text: str) -> bool:
-    """Whether the text is Unicode: JSON can hold half a surrogate pair, UTF-8 cannot."""
+def is_encodable(text: str) -> bool:
+    """Whether the text has a UTF-8 encoding; unpaired surrogates, which JSON allows, have none."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -63,12 +67,13 @@ def encodable(text: str) -> bool:
     return True
 
 
-def sentences(text: str) -> list[str]:
-    """Cut `text` into sentences; white space goes with the sentence behind it, as a word's space
-    goes with the word in most tokenizers.
+def split_sentences(text: str) -> list[str]:
+    """Split `text` into sentences (docs/method.md, 2.1).
 
-    `"".join(sentences(text)) == text` for every text; a blank text is one sentence, an empty
-    one none; white space at the very end stays with the last sentence.
+    White space between two sentences belongs to the second, as the space before a word belongs to
+    the word in most tokenizers. White space at the end of the text belongs to the last sentence.
+    `"".join(split_sentences(text)) == text` for every text; a text of white space is one sentence,
+    the empty text has none.
     """
     edges = [0]
     for match in _END.finditer(text):
@@ -84,91 +89,101 @@ def sentences(text: str) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise([*edges, len(text)]) if text]
 
 
-def length_law(config: Chunking) -> np.ndarray:
-    """Probabilities of least … most sentences: Poisson redrawn until it falls into the range."""
-    counts = range(config.least_sentences, config.most_sentences + 1)
+def chunk_length_distribution(config: ChunkingConfig) -> np.ndarray:
+    """Probabilities of the lengths min_sentences … max_sentences under the truncated Poisson
+    distribution (docs/method.md, 2.2)."""
+    counts = range(config.min_sentences, config.max_sentences + 1)
     logs = np.array([n * math.log(config.mean_sentences) - math.lgamma(n + 1) for n in counts])
     weights = np.exp(logs - logs.max())
     return weights / weights.sum()
 
 
-def chunk_sentences(count: int, config: Chunking, draw: np.random.Generator) -> list[int]:
-    """Lengths, in sentences, of the chunks of a document of `count` sentences; the last chunk
-    takes what is left."""
-    law = length_law(config)
+def sample_chunk_lengths(count: int, config: ChunkingConfig, rng: np.random.Generator) -> list[int]:
+    """Lengths, in sentences, of the chunks of a document of `count` sentences. They sum to `count`,
+    for which the last one is shortened (docs/method.md, 2.2)."""
+    probabilities = chunk_length_distribution(config)
     lengths: list[int] = []
-    left = count
-    while left > 0:
-        drawn = int(draw.choice(len(law), p=law)) + config.least_sentences
-        lengths.append(min(drawn, left))
-        left -= lengths[-1]
+    remaining = count
+    while remaining > 0:
+        length = int(rng.choice(len(probabilities), p=probabilities)) + config.min_sentences
+        lengths.append(min(length, remaining))
+        remaining -= lengths[-1]
     return lengths
 
 
 class Chunker:
-    """Cuts documents; `most_tokens` is what the model's window leaves to one chunk.
+    """Cuts documents into chunks of at most `max_chunk_tokens` tokens.
 
-    `cut_chunks` counts the chunks that had to be cut because they were longer.
+    `cut_chunks` counts the runs of sentences that were longer and had to be cut into several
+    chunks. Raises UserError if `max_chunk_tokens` is less than 1.
     """
 
-    def __init__(self, config: Chunking, encoder: Encoder, most_tokens: int, seed: int) -> None:
-        if most_tokens < 1:
+    def __init__(
+        self, config: ChunkingConfig, encoder: ChunkEncoder, max_chunk_tokens: int, seed: int
+    ) -> None:
+        if max_chunk_tokens < 1:
             raise UserError(
-                f"the model's window leaves {most_tokens} tokens to a chunk; lower"
-                " max_latent_tokens or take a model with a longer window"
+                f"the model's context length leaves {max_chunk_tokens} tokens to a chunk; lower"
+                " max_latent_tokens or use a model with a longer context"
             )
         self.config, self.encoder = config, encoder
-        self.most_tokens, self.seed = most_tokens, seed
+        self.max_chunk_tokens, self.seed = max_chunk_tokens, seed
         self.cut_chunks = 0
 
     def chunks(self, document: Document) -> list[Chunk]:
-        """The document's chunks. Raises LossyTextError where the tokenizer loses some of it."""
-        if not encodable(document.text):
-            raise LossyTextError(f"document '{document.doc_id}': half a surrogate pair in its text")
-        draw = generator(self.seed, "chunks", document.doc_id)
-        pieces = sentences(document.text)
-        made: list[Chunk] = []
+        """The document's chunks in reading order; they depend on the seed and on this document
+        alone. Raises LossyTextError where the tokenizer cannot reproduce the text."""
+        if not is_encodable(document.text):
+            raise LossyTextError(f"document '{document.doc_id}': unpaired surrogate in its text")
+        rng = generator(self.seed, "chunks", document.doc_id)
+        sentences = split_sentences(document.text)
+        chunks: list[Chunk] = []
         start = 0
-        for length in chunk_sentences(len(pieces), self.config, draw):
-            for text in self._fitting(pieces[start : start + length]):
+        for length in sample_chunk_lengths(len(sentences), self.config, rng):
+            for text in self._cut_to_fit(sentences[start : start + length]):
                 tokens = tuple(self.encoder.encode(text))
                 if self.encoder.decode(list(tokens)) != text:
-                    raise LossyTextError(f"document '{document.doc_id}': the tokenizer loses text")
-                made.append(
-                    Chunk(doc_id=document.doc_id, chunk=len(made), text=text, tokens=tokens)
+                    raise LossyTextError(
+                        f"document '{document.doc_id}': the tokenizer does not reproduce its text"
+                    )
+                chunks.append(
+                    Chunk(doc_id=document.doc_id, chunk=len(chunks), text=text, tokens=tokens)
                 )
             start += length
-        return made
+        return chunks
 
-    def _fitting(self, run: list[str]) -> Iterator[str]:
-        """The run as one text, or as several that each fit the window."""
-        text = "".join(run)
-        if len(self.encoder.encode(text)) <= self.most_tokens:
+    def _cut_to_fit(self, sentences: list[str]) -> Iterator[str]:
+        """The sentences as one text if that is short enough, otherwise as several. A sentence is
+        cut only if it is too long by itself."""
+        text = "".join(sentences)
+        if len(self.encoder.encode(text)) <= self.max_chunk_tokens:
             yield text
             return
         self.cut_chunks += 1
-        held = ""
-        for sentence in run:
-            if held and len(self.encoder.encode(held + sentence)) > self.most_tokens:
-                yield held
-                held = ""
-            held += sentence
-            while len(self.encoder.encode(held)) > self.most_tokens:
-                piece = self._prefix(held)
-                yield piece
-                held = held[len(piece) :]
-        if held:
-            yield held
+        pending = ""
+        for sentence in sentences:
+            if pending and len(self.encoder.encode(pending + sentence)) > self.max_chunk_tokens:
+                yield pending
+                pending = ""
+            pending += sentence
+            while len(self.encoder.encode(pending)) > self.max_chunk_tokens:
+                prefix = self._fitting_prefix(pending)
+                yield prefix
+                pending = pending[len(prefix) :]
+        if pending:
+            yield pending
 
-    def _prefix(self, text: str) -> str:
-        """A beginning that fits when encoded alone: at a token's edge where that is enough, else
-        at the character that the count of its tokens suggests."""
-        size = min(self.encoder.prefix_characters(text, self.most_tokens), len(text) - 1)
+    def _fitting_prefix(self, text: str) -> str:
+        """A prefix that is short enough when it is encoded alone. It ends where a token of `text`
+        ends if possible, otherwise where the ratio of tokens to characters suggests."""
+        size = min(self.encoder.prefix_characters(text, self.max_chunk_tokens), len(text) - 1)
         while size > 0:
             tokens = len(self.encoder.encode(text[:size]))
-            if tokens <= self.most_tokens:
+            if tokens <= self.max_chunk_tokens:
                 return text[:size]
-            size = min(size - 1, size * self.most_tokens // tokens + 1)
+            size = min(size - 1, size * self.max_chunk_tokens // tokens + 1)
         raise UserError(
-            f"a single character needs more than the {self.most_tokens} tokens left to a chunk"
+            f"a single character takes more than the {self.max_chunk_tokens} tokens that the"
+            " context length leaves to a chunk; lower max_latent_tokens or use a model with a"
+            " longer context"
         )

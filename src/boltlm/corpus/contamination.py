@@ -1,8 +1,12 @@
-"""Training text that repeats an evaluation set: the documents and items that share a run of words.
+"""Contamination: which training documents and evaluation items share an n-gram of words.
 
-A word is what `\\w+` finds in the lower-case text. An n-gram is n words in a row of one text, known
-by 64 bits: two that differ are taken for one with probability 2^-64 a pair, in all 1e-3 for 1e10
-words of training text against 2e6 of evaluation sets.
+A word is a match of `\\w+` in the lower-case text. An n-gram consists of n consecutive words of one
+text and is represented by a 64-bit hash. Two different n-grams have the same hash with probability
+2^-64; for 1e10 words of training text and 2e6 words of evaluation sets the probability that any
+pair collides is about 1e-3.
+
+Shape suffixes: D documents, E entries (occurrences of n-grams in evaluation items), G distinct
+n-grams of the evaluation sets, I items of all sets, M n-grams of a batch that match, S sets.
 """
 
 import functools
@@ -11,157 +15,173 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from boltlm.errors import UserError
-from boltlm.progress import track
+from boltlm.progress import track_progress
 
-_LETTER, _WORD = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95  # ≡ 5 mod 8: powers mod 2^64 last longest
-_UNICODE = 0x110000  # code points
-_GROUP = 100_000  # characters hashed at once; they and what is made of them fit a core's cache
-_TOP = 24  # bits of a hash that are looked up first; few n-grams of training text pass
+# Bases of the polynomial hashes; numbers ≡ 5 mod 8 have the largest order modulo 2^64.
+_CHARACTER_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
+_CODE_POINTS = 0x110000
+_BATCH_CHARACTERS = 100_000  # hashed at once, so that the intermediate arrays fit a core's cache
+_FILTER_BITS = 24  # leading bits of a hash; the filter rejects most n-grams of training text
 
 
 class Contamination:
-    """What the training corpora share with evaluation sets, asked document by document.
+    """Counts the n-grams that training corpora share with evaluation sets.
 
-    `sets`: names with the texts of their items, read once; `training`: the corpora to be asked
-    about, which have their counts also where nothing is found. Raises UserError for two sets of one
-    name.
+    `sets`: the name and the texts of the items of each evaluation set, each read once. `training`:
+    the names of the training corpora; all of them appear in `counts`, with zeros where nothing is
+    shared. Raises UserError where two sets have the same name.
     """
 
     def __init__(
-        self, sets: Iterable[tuple[str, Iterable[str]]], training: Sequence[str], words: int
+        self, sets: Iterable[tuple[str, Iterable[str]]], training: Sequence[str], ngram_size: int
     ) -> None:
-        self.hasher = Hasher(words)
-        self.sizes: dict[str, int] = {}
-        grams, items = [np.zeros(0, np.uint64)], [np.zeros(0, np.intp)]
+        self.hasher = NgramHasher(ngram_size)
+        self.set_sizes: dict[str, int] = {}
+        hashes_E, items_E = self._hash_sets(sets)
+        # Entry e says that the item `items_E[e]` contains the n-gram `ngrams_G[entries_E[e]]`.
+        self.items_E = items_E
+        self.ngrams_G, self.entries_E = np.unique(hashes_E, return_inverse=True)
+        self.matched_G = np.zeros(len(self.ngrams_G), bool)
+        set_count = len(self.set_sizes)
+        self.set_of_item_I = np.repeat(np.arange(set_count), list(self.set_sizes.values()))
+        self.in_set_GS = np.zeros((len(self.ngrams_G), set_count), bool)
+        self.in_set_GS[self.entries_E, self.set_of_item_I[self.items_E]] = True
+        self.prefix_filter = np.zeros(2**_FILTER_BITS, bool)
+        self.prefix_filter[_prefixes(self.ngrams_G)] = True
+        self.documents_S = {name: np.zeros(set_count, np.int64) for name in training}
+
+    def _hash_sets(
+        self, sets: Iterable[tuple[str, Iterable[str]]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(hash, index of its item) of every n-gram of the sets; fills `set_sizes`."""
+        hashes, items = [np.zeros(0, np.uint64)], [np.zeros(0, np.intp)]
         total = 0
         for name, texts in sets:
-            if name in self.sizes:
+            if name in self.set_sizes:
                 raise UserError(f"two evaluation sets are called '{name}'; rename that corpus")
-            self.sizes[name] = 0
-            shown = track(texts, what=f"n-grams of {name}", total=None, unit="items")
-            for group in _groups(shown):
-                hashes, owners = self.hasher.grams(group)
-                grams.append(hashes)
+            self.set_sizes[name] = 0
+            tracked = track_progress(texts, what=f"n-grams of {name}", total=None, unit="items")
+            for batch in _batches(tracked):
+                batch_hashes, owners = self.hasher.hash_ngrams(batch)
+                hashes.append(batch_hashes)
                 items.append(owners + total)
-                self.sizes[name] += len(group)
-                total += len(group)
-        # Sorted n-grams G; an entry E says that the item `items[e]` holds the n-gram `entries[e]`.
-        self.items_E = np.concatenate(items)
-        self.grams_G, self.entries_E = np.unique(np.concatenate(grams), return_inverse=True)
-        self.found_G = np.zeros(len(self.grams_G), bool)
-        self.set_of_item = np.repeat(np.arange(len(self.sizes)), list(self.sizes.values()))
-        self.sets_GS = np.zeros((len(self.grams_G), len(self.sizes)), bool)
-        self.sets_GS[self.entries_E, self.set_of_item[self.items_E]] = True
-        self.known = np.zeros(2**_TOP, bool)
-        self.known[_top(self.grams_G)] = True
-        self.documents = {name: np.zeros(len(self.sizes), np.int64) for name in training}
+                self.set_sizes[name] += len(batch)
+                total += len(batch)
+        return np.concatenate(hashes), np.concatenate(items)
 
-    def repeats(self, corpus: str, texts: Sequence[str]) -> np.ndarray:
-        """For each of these documents of a training corpus, whether it shares an n-gram with any
-        set; they, and the items that they repeat, are counted."""
-        shared_DS = np.zeros((len(texts), len(self.sizes)), bool)
+    def check_documents(self, corpus: str, texts: Sequence[str]) -> np.ndarray:
+        """Whether each of these documents of a training corpus shares an n-gram with any set, as a
+        boolean array (D,). The documents and the items with which they share one are counted."""
+        shared_DS = np.zeros((len(texts), len(self.set_sizes)), bool)
         start = 0
-        for group in _groups(texts):
-            hashes, owners = self.hasher.grams(group)
-            maybe = np.flatnonzero(self.known[_top(hashes)])
-            places = np.searchsorted(self.grams_G, hashes[maybe])
-            places = np.minimum(places, len(self.grams_G) - 1)
-            same = self.grams_G[places] == hashes[maybe]
-            places, owners = places[same], owners[maybe][same]
-            self.found_G[places] = True
-            np.logical_or.at(shared_DS, start + owners, self.sets_GS[places])
-            start += len(group)
-        self.documents[corpus] += shared_DS.sum(axis=0)
+        for batch in _batches(texts):
+            hashes, owners = self.hasher.hash_ngrams(batch)
+            candidates = np.flatnonzero(self.prefix_filter[_prefixes(hashes)])
+            indices = np.searchsorted(self.ngrams_G, hashes[candidates])
+            indices = np.minimum(indices, len(self.ngrams_G) - 1)
+            equal = self.ngrams_G[indices] == hashes[candidates]
+            indices_M, owners_M = indices[equal], owners[candidates][equal]
+            self.matched_G[indices_M] = True
+            np.logical_or.at(shared_DS, start + owners_M, self.in_set_GS[indices_M])
+            start += len(batch)
+        self.documents_S[corpus] += shared_DS.sum(axis=0)
         return np.logical_or.reduce(shared_DS, axis=1)
 
     def counts(self) -> dict[str, int]:
-        """Of every set: its items, those found so far, and each corpus's overlapping documents."""
-        found = np.zeros(len(self.set_of_item), bool)
-        found[self.items_E[self.found_G[self.entries_E]]] = True
-        overlapping = np.bincount(self.set_of_item[found], minlength=len(self.sizes))
+        """For each set: its items, how many of them share an n-gram with a document that was
+        checked, and how many documents of each training corpus share one with the set."""
+        overlapping_I = np.zeros(len(self.set_of_item_I), bool)
+        overlapping_I[self.items_E[self.matched_G[self.entries_E]]] = True
+        overlapping_S = np.bincount(
+            self.set_of_item_I[overlapping_I], minlength=len(self.set_sizes)
+        )
         counts: dict[str, int] = {}
-        for index, (name, size) in enumerate(self.sizes.items()):
+        for index, (name, size) in enumerate(self.set_sizes.items()):
             counts[f"contamination/{name}/items"] = size
-            counts[f"contamination/{name}/overlapping_items"] = int(overlapping[index])
-            for corpus, documents_S in self.documents.items():
+            counts[f"contamination/{name}/overlapping_items"] = int(overlapping_S[index])
+            for corpus, documents_S in self.documents_S.items():
                 counts[f"contamination/{name}/{corpus}/documents"] = int(documents_S[index])
         return counts
 
 
-class Hasher:
-    """Texts to the hashes of their n-grams, without a Python object for a word.
+class NgramHasher:
+    """Hashes all n-grams of many texts with array operations, without a Python object per word.
 
-    A word is hashed by a polynomial of its characters, an n-gram by one of its words.
+    A word's hash is a polynomial of its characters; an n-gram's hash is a polynomial of the hashes
+    of its words.
     """
 
-    def __init__(self, words: int) -> None:
-        self.words = words
-        self.letter, self.word = _Powers(_LETTER), _Powers(_WORD)
+    def __init__(self, ngram_size: int) -> None:
+        self.ngram_size = ngram_size
+        self.character_powers, self.word_powers = _Powers(_CHARACTER_BASE), _Powers(_WORD_BASE)
 
-    def grams(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(hash, index of its text) of every n-gram in order."""
+    def hash_ngrams(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(hash, index of its text) of every n-gram, in the order of the texts."""
         lower = [text.lower() for text in texts]
         joined = " ".join(("", *lower, ""))
-        # JSON can hold half a surrogate pair; it is no letter, and no reason to stop.
+        # JSON can hold an unpaired surrogate. It is part of no word and must not stop the run.
         characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-        letters = _letters()[characters]
-        inside = letters != 0
-        edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+        values = _character_hashes()[characters]
+        in_word = values != 0
+        edges = np.flatnonzero(in_word[1:] != in_word[:-1]) + 1
         starts, ends = edges[::2], edges[1::2]
-        words = _mixed(self.letter.sums(letters, starts, ends))
-        behind = np.searchsorted(starts, np.cumsum([len(text) + 1 for text in lower]))
-        owners = np.repeat(np.arange(len(texts)), np.diff(behind, prepend=0))
-        first = np.arange(max(len(words) - self.words + 1, 0))
-        whole = first[owners[first] == owners[first + self.words - 1]]
-        return self.word.sums(words, whole, whole + self.words), owners[whole]
+        words = _mix(self.character_powers.range_sums(values, starts, ends))
+        last_words = np.searchsorted(starts, np.cumsum([len(text) + 1 for text in lower]))
+        owners = np.repeat(np.arange(len(texts)), np.diff(last_words, prepend=0))
+        first = np.arange(max(len(words) - self.ngram_size + 1, 0))
+        first = first[owners[first] == owners[first + self.ngram_size - 1]]  # within one text
+        return self.word_powers.range_sums(words, first, first + self.ngram_size), owners[first]
 
 
 class _Powers:
-    """The powers of an odd base and of its inverse mod 2^64, as many as were needed so far."""
+    """Tables of the powers of an odd base and of its inverse modulo 2^64, extended as needed."""
 
     def __init__(self, base: int) -> None:
-        self.steps = (base, pow(base, -1, 2**64))
-        self._reach(2 * _GROUP)
+        self.bases = (base, pow(base, -1, 2**64))
+        self._extend(2 * _BATCH_CHARACTERS)
 
-    def _reach(self, count: int) -> None:
-        tables = (np.full(count, step, np.uint64) for step in self.steps)
-        self.up, self.down = (np.multiply.accumulate(table) for table in tables)
+    def _extend(self, count: int) -> None:
+        tables = (np.full(count, base, np.uint64) for base in self.bases)
+        self.powers, self.inverse_powers = (np.multiply.accumulate(table) for table in tables)
 
-    def sums(self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Σ_k values[start + k] · base^k mod 2^64 over each run [start, end)."""
-        if len(values) > len(self.up):
-            self._reach(2 * len(values))
+    def range_sums(self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Σ_k values[start + k] · base^k modulo 2^64 over each range [start, end)."""
+        if len(values) > len(self.powers):
+            self._extend(2 * len(values))
         totals = np.zeros(len(values) + 1, np.uint64)
-        np.cumsum(values * self.up[: len(values)], out=totals[1:])
-        return (totals[ends] - totals[starts]) * self.down[starts]
+        np.cumsum(values * self.powers[: len(values)], out=totals[1:])
+        return (totals[ends] - totals[starts]) * self.inverse_powers[starts]
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    held: list[str] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Consecutive texts; each list but the last has at least _BATCH_CHARACTERS characters."""
+    batch: list[str] = []
     size = 0
     for text in texts:
-        held.append(text)
+        batch.append(text)
         size += len(text)
-        if size >= _GROUP:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _top(hashes: np.ndarray) -> np.ndarray:
-    return hashes >> np.uint64(64 - _TOP)
+def _prefixes(hashes: np.ndarray) -> np.ndarray:
+    """The leading bits of each hash."""
+    return hashes >> np.uint64(64 - _FILTER_BITS)
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: words that differ in a letter have nothing left in common."""
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: a change of one bit changes about half the bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 @functools.cache
-def _letters() -> np.ndarray:
-    """A uint64 for each code point; 0 for those that are in no word."""
-    inside = [chr(code).isalnum() or chr(code) == "_" for code in range(_UNICODE)]
-    return np.where(inside, _mixed(np.arange(1, _UNICODE + 1, dtype=np.uint64)), np.uint64(0))
+def _character_hashes() -> np.ndarray:
+    """A uint64 for each code point; 0 for those that are part of no word."""
+    in_word = [chr(code).isalnum() or chr(code) == "_" for code in range(_CODE_POINTS)]
+    hashes = _mix(np.arange(1, _CODE_POINTS + 1, dtype=np.uint64))
+    return np.where(in_word, hashes, np.uint64(0))

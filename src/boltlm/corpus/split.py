@@ -1,6 +1,7 @@
-"""Sources become named corpora: documents and their chunks in shards, and held-out questions.
+"""Sources become named corpora: shards of documents and of their chunks, and held-out questions.
 
-Documents that repeat an evaluation set are counted, and left out where params ask for it.
+Training documents that share an n-gram with an evaluation set are counted, and dropped if
+`split.drop_contaminated` is true.
 """
 
 import hashlib
@@ -9,217 +10,229 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from boltlm.corpus import benchmarks, sources
-from boltlm.corpus.chunks import Chunker, LossyTextError
+from boltlm.corpus import sources
+from boltlm.corpus.benchmarks import BenchmarkName, read_benchmark
+from boltlm.corpus.chunks import Chunker, ChunkingConfig, LossyTextError
 from boltlm.corpus.contamination import Contamination
+from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, open_source, take_documents
+from boltlm.corpus.sources import CorpusSource
 from boltlm.errors import UserError
-from boltlm.params import build, section
+from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Question, shard_name, write_shard
 
-BASE = "base"  # the corpus that the stage `base` reads straight from its source
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionsConfig:
+    """The number of held-out questions (0: none), and the source that they come from."""
+
+    count: NonNegativeInt
+    source: Annotated[CorpusSource, Overlay("corpus")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """Params entry `corpora.<name>`: how many documents it takes, and what its source changes.
+class SplitConfig:
+    """`shard_documents`: documents of a shard. `ngram_size`: number of consecutive words that a
+    document must share with an evaluation set to count as contaminated."""
 
-    Corpora of one and the same source take consecutive runs of it, in the order of the file.
-    """
-
-    documents: int
-    source: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.documents < 1:
-            raise UserError(f"documents must be 1 or more, found {self.documents}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Params section `split`.
-
-    `overlap_words`: so many words in a row make a document repeat an evaluation set.
-    """
-
-    shard_documents: int
-    overlap_words: int
+    shard_documents: PositiveInt
+    ngram_size: PositiveInt
     drop_contaminated: bool
 
-    def __post_init__(self) -> None:
-        for name in ("shard_documents", "overlap_words"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, found {getattr(self, name)}")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Questions:
-    """Params section `questions`: how many, and what their source changes in `corpus`."""
+class SplitSettings:
+    """What the stage `split` reads of params.yaml."""
 
-    count: int
-    source: dict[str, Any]
+    seed: NonNegativeInt
+    corpora: Mapping[str, CorpusEntry]
+    questions: QuestionsConfig
+    benchmarks: Mapping[BenchmarkName, str]
+    split: SplitConfig
+    chunks: ChunkingConfig
+    max_latent_tokens: PositiveInt
+    heldout_corpus: Annotated[str, EntryName("corpora")] = from_key("evaluate.corpus")
+    extra_corpora: tuple[Annotated[str, EntryName("corpora")], ...] = from_key(
+        "evaluate.extra_corpora"
+    )
+
+    def __post_init__(self) -> None:
+        if BASE_CORPUS not in self.corpora:
+            return
+        source = self.corpora[BASE_CORPUS].source
+        first = next(name for name, entry in self.corpora.items() if entry.source == source)
+        if first != BASE_CORPUS:
+            raise UserError(
+                f"corpora.{BASE_CORPUS} must come before corpora.{first}, because both read the"
+                " same source and the stage 'base' reads its first documents; move it up"
+            )
 
 
-def documents(params: Mapping[str, Any], name: str) -> Iterator[Document]:
-    """The documents of one corpus, streamed from its source.
-
-    Raises UserError when the source is spent before the corpus is full.
-    """
-    for _, found in corpora(params, [name]):
-        yield from found
-
-
-def corpora(
-    params: Mapping[str, Any], wanted: Sequence[str]
+def stream_corpora(
+    settings: SplitSettings, names: Sequence[str]
 ) -> Iterator[tuple[str, Iterator[Document]]]:
-    """Name and documents of each wanted corpus, with one pass through each source. What is not
-    read of a corpus before the next is asked for is passed over."""
-    for name in wanted:
-        section(params, f"corpora.{name}")  # UserError for a name that is not there
-    members: dict[sources.Source, list[str]] = {}
-    for name in section(params, "corpora"):
-        members.setdefault(sources.source(params, name), []).append(name)
-    for source, names in members.items():
-        last = max((i for i, name in enumerate(names) if name in wanted), default=-1)
-        stream = _told(source, section(params, "seed"))
-        taken = 0
-        for name in names[: last + 1]:
-            where = f"corpora.{name}"
-            size = build(Corpus, section(params, where), where).documents
-            run = _full(stream, size, taken, where)
-            if name in wanted:
-                yield name, run
-            for _ in run:
+    """Name and documents of each corpus in `names`, with a single pass over each source.
+
+    Documents that are not read before the next corpus is requested are skipped. Raises UserError
+    where a source has fewer documents than its corpora need.
+    """
+    members: dict[CorpusSource, list[str]] = {}
+    for name, entry in settings.corpora.items():
+        members.setdefault(entry.source, []).append(name)
+    for source, sharing in members.items():
+        last = max((i for i, name in enumerate(sharing) if name in names), default=-1)
+        stream = open_source(source, settings.seed)
+        skipped = 0
+        for name in sharing[: last + 1]:
+            size = settings.corpora[name].documents
+            documents = take_documents(stream, size, skipped, f"corpora.{name}")
+            if name in names:
+                yield name, documents
+            for _ in documents:
                 pass
-            taken += size
+            skipped += size
 
 
-def _full(stream: Iterator[Document], size: int, taken: int, where: str) -> Iterator[Document]:
-    count = 0
-    for document in itertools.islice(stream, size):
-        count += 1
-        yield document
-    if count < size:
-        raise UserError(
-            f"{where}: its source holds {taken + count} documents, too few for {size} after the"
-            f" {taken} that earlier corpora take; lower {where}.documents"
-        )
-
-
-def _told(source: sources.Source, seed: int) -> Iterator[Document]:
-    """The source's documents. Raises UserError where it holds none at all."""
-    found = False
-    for document in sources.documents(source, seed):
-        found = True
-        yield document
-    if not found:
-        raise UserError(f"corpus kind '{source.kind}': the source holds no document")
-
-
-def questions(params: Mapping[str, Any]) -> list[Question]:
-    """The held-out questions, none where `questions.count` is 0."""
-    config = build(Questions, section(params, "questions"), "questions")
+def heldout_questions(settings: SplitSettings) -> list[Question]:
+    """The held-out questions; none if `questions.count` is 0."""
+    config = settings.questions
     if config.count == 0:
         return []
-    source = sources.resolve(params, config.source, "questions.source")
-    found = sources.questions(source, section(params, "seed"))
-    return list(itertools.islice(found, config.count))
+    questions = sources.read_questions(config.source, settings.seed)
+    return list(itertools.islice(questions, config.count))
 
 
-def heldout(params: Mapping[str, Any]) -> list[str]:
-    """The corpora that models are measured on, those that params have."""
-    wanted = [section(params, "evaluate.corpus"), *section(params, "evaluate.beside")]
-    return [name for name in dict.fromkeys(wanted) if name in section(params, "corpora")]
+def heldout_corpora(settings: SplitSettings) -> list[str]:
+    """The names of the corpora on which models are evaluated."""
+    return list(dict.fromkeys((settings.heldout_corpus, *settings.extra_corpora)))
 
 
 def evaluation_sets(
-    params: Mapping[str, Any], asked: Sequence[Question]
+    settings: SplitSettings, questions: Sequence[Question]
 ) -> Iterator[tuple[str, Iterator[str]]]:
-    """Name and texts of each held-out corpus as its source has it, the questions and each
-    benchmark; the texts of one are to be read before the next is asked for."""
-    for name, found in corpora(params, heldout(params)):
-        yield name, (document.text for document in found)
-    yield "questions", (f"{question.prompt} {question.answer}" for question in asked)
-    for kind, where in benchmarks.chosen(params).items():
-        found = benchmarks.items(kind, where)
-        yield kind, (" ".join((one.question, *one.choices, one.solution)) for one in found)
+    """Name and texts of each evaluation set: the held-out corpora as their sources have them, the
+    questions and the benchmarks. The texts of a set must be read before the next set is
+    requested."""
+    for name, documents in stream_corpora(settings, heldout_corpora(settings)):
+        yield name, (document.text for document in documents)
+    yield "questions", (f"{question.prompt} {question.answer}" for question in questions)
+    for benchmark, data_path in settings.benchmarks.items():
+        items = read_benchmark(benchmark, data_path)
+        yield benchmark, (" ".join((i.question, *i.choices, i.solution)) for i in items)
 
 
-def split(
-    params: Mapping[str, Any], chunker: Chunker, split_to: Path, chunks_to: Path
+def split_corpora(
+    settings: SplitSettings, chunker: Chunker, *, split_dir: Path, chunks_dir: Path
 ) -> dict[str, int | float]:
-    """Write every corpus's documents and chunks, and the questions; return the counts. The
-    corpus `base` is left out: nothing but the stage `base` reads it, before there are chunks.
+    """Write the documents and chunks of every corpus, and the questions; return the counts. The
+    corpus `base` is not written, because only the stage `base` reads it, before chunks exist.
 
-    A document that is empty, or that the tokenizer cannot give back, is left out and counted; so
-    is one that repeats an evaluation set, where `split.drop_contaminated` asks for it.
+    Documents that are empty, that the tokenizer cannot reproduce or, if `split.drop_contaminated`
+    is true, that are contaminated are dropped and counted as `<corpus>/dropped_<reason>`.
+    Raises UserError where a source has too few documents, two documents of a corpus share an id, or
+    all documents of a corpus are dropped.
     """
-    config = build(Split, section(params, "split"), "split")
-    counts: Counter[str] = Counter()
-    names = [name for name in section(params, "corpora") if name != BASE]
-    asked, measured = questions(params), heldout(params)
-    training = [name for name in names if name not in measured]
-    overlap = Contamination(evaluation_sets(params, asked), training, config.overlap_words)
-    for name, found in corpora(params, names):
-        total = section(params, f"corpora.{name}.documents")
+    names = [name for name in settings.corpora if name != BASE_CORPUS]
+    heldout = heldout_corpora(settings)
+    training = [name for name in names if name not in heldout]
+    questions = heldout_questions(settings)
+    contamination = Contamination(
+        evaluation_sets(settings, questions), training, settings.split.ngram_size
+    )
+    writer = _CorpusWriter(settings.split, chunker, contamination, split_dir, chunks_dir)
+    for name, documents in stream_corpora(settings, names):
+        total = settings.corpora[name].documents
         with Progress(what=f"split {name}", total=total, unit="documents") as progress:
-            seen: set[bytes] = set()
-            batches = _batches(found, config.shard_documents)
-            for index, batch in enumerate(batches):
-                _no_twins(batch, seen, name)
-                made = _chunked(batch, chunker, counts, name)
-                if name in training:
-                    repeats = overlap.repeats(name, [document.text for document, _ in made])
-                    if config.drop_contaminated:
-                        counts[f"{name}/left_out_contaminated"] += int(repeats.sum())
-                        made = [one for one, dirty in zip(made, repeats, strict=True) if not dirty]
-                kept = [document for document, _ in made]
-                chunks = [chunk for _, own in made for chunk in own]
-                counts[f"{name}/documents"] += len(kept)
-                counts[f"{name}/chunks"] += len(chunks)
-                counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
-                write_shard(split_to / name / shard_name(index), Document, kept)
-                write_shard(chunks_to / name / shard_name(index), Chunk, chunks)
-                progress.advance(len(batch))
-        if counts[f"{name}/documents"] == 0:
-            raise UserError(f"corpora.{name}: every document was left out; see its texts")
-    write_shard(split_to / "questions" / shard_name(0), Question, asked)
-    counts["questions"] = len(asked)
-    counts["cut_chunks"] = chunker.cut_chunks
-    return {**counts, **overlap.counts()}
+            writer.write(name, documents, name in training, progress)
+    write_shard(split_dir / "questions" / shard_name(0), Question, questions)
+    counts = {"questions": len(questions), "cut_chunks": chunker.cut_chunks}
+    return {**writer.counts, **counts, **contamination.counts()}
 
 
-def _batches(found: Iterator[Document], size: int) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(found, size)):
+class _CorpusWriter:
+    """Writes corpora shard by shard and counts what was written and what was dropped."""
+
+    def __init__(
+        self,
+        config: SplitConfig,
+        chunker: Chunker,
+        contamination: Contamination,
+        split_dir: Path,
+        chunks_dir: Path,
+    ) -> None:
+        self.config, self.chunker, self.contamination = config, chunker, contamination
+        self.split_dir, self.chunks_dir = split_dir, chunks_dir
+        self.counts: Counter[str] = Counter()
+
+    def write(
+        self, name: str, documents: Iterator[Document], is_training: bool, progress: Progress
+    ) -> None:
+        """Write the corpus `name`. `is_training`: whether its contamination is checked."""
+        seen: set[bytes] = set()
+        for index, batch in enumerate(_batches(documents, self.config.shard_documents)):
+            _check_unique_ids(batch, seen, name)
+            chunked = self._chunk(name, batch)
+            if is_training:
+                chunked = self._check_contamination(name, chunked)
+            self._write_shard(name, shard_name(index), chunked)
+            progress.advance(len(batch))
+        if self.counts[f"{name}/documents"] == 0:
+            raise UserError(
+                f"corpora.{name}: every document was dropped; check its texts, and"
+                " split.drop_contaminated"
+            )
+
+    def _chunk(self, name: str, batch: list[Document]) -> list[tuple[Document, list[Chunk]]]:
+        """The documents that can be chunked, with their chunks."""
+        chunked: list[tuple[Document, list[Chunk]]] = []
+        for document in batch:
+            if not document.text:
+                self.counts[f"{name}/dropped_empty"] += 1
+                continue
+            try:
+                chunked.append((document, self.chunker.chunks(document)))
+            except LossyTextError:
+                self.counts[f"{name}/dropped_not_reversible"] += 1
+        return chunked
+
+    def _check_contamination(
+        self, name: str, chunked: list[tuple[Document, list[Chunk]]]
+    ) -> list[tuple[Document, list[Chunk]]]:
+        """Count contaminated documents; the documents that are retained, with their chunks."""
+        texts = [document.text for document, _ in chunked]
+        contaminated = self.contamination.check_documents(name, texts)
+        if not self.config.drop_contaminated:
+            return chunked
+        self.counts[f"{name}/dropped_contaminated"] += int(contaminated.sum())
+        return [pair for pair, drop in zip(chunked, contaminated, strict=True) if not drop]
+
+    def _write_shard(
+        self, name: str, shard: str, chunked: list[tuple[Document, list[Chunk]]]
+    ) -> None:
+        documents = [document for document, _ in chunked]
+        chunks = [chunk for _, document_chunks in chunked for chunk in document_chunks]
+        self.counts[f"{name}/documents"] += len(documents)
+        self.counts[f"{name}/chunks"] += len(chunks)
+        self.counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
+        write_shard(self.split_dir / name / shard, Document, documents)
+        write_shard(self.chunks_dir / name / shard, Chunk, chunks)
+
+
+def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(documents, size)):
         yield batch
 
 
-def _no_twins(batch: list[Document], seen: set[bytes], name: str) -> None:
-    """Raises UserError for an id that was there before: every later stage joins by it. Eight
-    bytes of a digest stand for an id."""
+def _check_unique_ids(batch: list[Document], seen: set[bytes], name: str) -> None:
+    """Raises UserError for a document id that occurred before, because later stages join tables by
+    it. `seen`: a digest of eight bytes for each earlier id, which takes less memory."""
     for document in batch:
         digest = hashlib.blake2b(document.doc_id.encode(), digest_size=8).digest()
         if digest in seen:
             raise UserError(
                 f"corpora.{name}: two documents have the id '{document.doc_id}'; map another"
-                " column to doc_id, or null to number them"
+                " column to doc_id, or set it to null to number the documents"
             )
         seen.add(digest)
-
-
-def _chunked(
-    batch: list[Document], chunker: Chunker, counts: Counter[str], name: str
-) -> list[tuple[Document, list[Chunk]]]:
-    """The documents that can be kept, each with its chunks; why the others cannot is counted."""
-    made: list[tuple[Document, list[Chunk]]] = []
-    for document in batch:
-        if not document.text:
-            counts[f"{name}/left_out_empty"] += 1
-            continue
-        try:
-            made.append((document, chunker.chunks(document)))
-        except LossyTextError:
-            counts[f"{name}/left_out_not_reversible"] += 1
-    return made

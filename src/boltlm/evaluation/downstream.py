@@ -1,29 +1,32 @@
-"""Questions with answers that can be graded: the tasks of the folder `tasks`, run by lm-eval."""
+"""Questions with answers that can be graded: the tasks of the folder `tasks`, run by lm-eval
+(docs/method.md, section 6)."""
 
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from boltlm.errors import UserError
 from boltlm.evaluation.grading import GRADERS
-from boltlm.evaluation.prompts import FORMS, Prompts, Space, shots
-from boltlm.evaluation.tasks.loading import parts, verdicts
+from boltlm.evaluation.task_spec import TaskSpec
+from boltlm.evaluation.tasks.loading import grade_completion, split_completion
 from boltlm.tokens import EOL, POST, PRIOR, SOL
 
-TASKS = Path(__file__).with_name("tasks")
+TASK_DIR = Path(__file__).with_name("tasks")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a model wrote for a question, and one grader's verdict. `thought`: in latent space, what
-    stands before EoL. `shots`: those that the prompt holds, −1 where the window had no room for the
-    question itself, which was then not asked; `lost_shots`: those that it had no room for."""
+class TaskAnswer:
+    """A model's completion for a question, and the verdict of one grader.
+
+    `thought` is the text before EoL in latent space, None in raw space. `shots` is the number of
+    few-shot examples in the prompt, or −1 where not even the question fits into the context window,
+    in which case the model is not asked. `lost_shots` counts the examples that did not fit.
+    """
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -61,110 +64,94 @@ class Answer:
     correct: bool
 
     @property
-    def measure(self) -> str:
-        """What it counts for; a task's first grader needs no name."""
-        place = f"{self.task}/{self.prompts}/{self.space}"
-        return place if self.grader == GRADERS[self.task][0] else f"{place}/{self.grader}"
+    def metric_prefix(self) -> str:
+        """The prefix of the metrics that the answer counts for: the task specification, followed by
+        the grader unless it is the task's first one."""
+        prefix = f"{self.task}/{self.prompts}/{self.space}"
+        return prefix if self.grader == GRADERS[self.task][0] else f"{prefix}/{self.grader}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
-    """One entry of `evaluate.tasks`, `<task>/<prompts>/<space>`."""
-
-    task: str
-    prompts: Prompts
-    space: Space
-
-    @classmethod
-    def of(cls, text: str) -> "Spec":
-        """Raises UserError for what names no task."""
-        allowed = tuple(FORMS), get_args(Prompts), get_args(Space)
-        parts = text.split("/")
-        if len(parts) != 3 or not all(p in a for p, a in zip(parts, allowed, strict=True)):
-            form = "/".join(f"({'|'.join(one)})" for one in allowed)
-            raise UserError(f"evaluate.tasks: '{text}' is not of the form {form}")
-        task, name, space = parts
-        shots(task, name, "abstract_algebra")  # pyright: ignore[reportArgumentType]
-        return cls(task=task, prompts=name, space=space)  # pyright: ignore[reportArgumentType]
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}/{self.prompts}/{self.space}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drawing:
-    """How answers are drawn: greedily, or by temperature, top_k and top_p, `samples` a question."""
+class DecodingConfig:
+    """How answers are generated, `samples` for each question: greedily where `temperature` is 0,
+    else by sampling with temperature, top-k (0: all tokens) and top-p."""
 
     samples: int = 1
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
 
-    def settings(self) -> dict[str, Any]:
+    @property
+    def generation_kwargs(self) -> dict[str, Any]:
+        """The arguments of Hugging Face's `generate`."""
         if self.temperature == 0:
             return {"do_sample": False}
-        chosen = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {"do_sample": True, **chosen}
+        kwargs = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True, **kwargs}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asking:
-    """How a task is asked. `where`: its data, a file or a hub name; `split`: which of the hub's;
-    `tokenizer`: the model's folder; `answer_tokens`: the most that is drawn; `bare`: a model in raw
-    space is told by the empty pair that no latent comes; `zero_shot`: without shots; `limit`:
-    the first so many questions."""
+class TaskOptions:
+    """How a task is run.
 
-    where: str
+    `data_path` is a file, a folder of questions or a hub name, and `split` that of the hub's data
+    set. `tokenizer` is the model's folder, `max_answer_tokens` the length limit of a completion.
+    `no_latent` is described at `render_prompt`; `zero_shot` leaves out the few-shot examples;
+    `limit` restricts the task to its first questions (None: all).
+    """
+
+    data_path: str
     tokenizer: Path
-    answer_tokens: int
+    max_answer_tokens: int
     split: str = "test"
-    drawing: Drawing = Drawing()
-    bare: bool = False
+    decoding: DecodingConfig = DecodingConfig()
+    no_latent: bool = False
     zero_shot: bool = False
     limit: int | None = None
 
 
-def run(model: Any, spec: Spec, asking: Asking) -> list[Answer]:
-    """Ask a model of lm-eval all questions: one Answer for each grader of each sample."""
+def run_task(model: Any, spec: TaskSpec, options: TaskOptions) -> list[TaskAnswer]:
+    """Ask a model of lm-eval all questions: one answer for each grader of each sample."""
     from lm_eval.evaluator import evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found: Any = evaluate(model, load(spec, asking), log_samples=True, bootstrap_iters=0)
-    (samples,) = found["samples"].values()
+    results: Any = evaluate(model, load_task(spec, options), log_samples=True, bootstrap_iters=0)
+    (samples,) = results["samples"].values()
     return [answer for sample in samples for answer in _answers(sample, spec)]
 
 
-def load(spec: Spec, asking: Asking) -> Any:
-    """lm-eval's task for a spec."""
+def load_task(spec: TaskSpec, options: TaskOptions) -> Any:
+    """lm-eval's task dictionary for a specification."""
     from lm_eval.tasks import TaskManager
 
-    chosen = {
+    load_arguments = {
         "prompts": spec.prompts,
         "space": spec.space,
-        "where": asking.where,
-        "split": asking.split,
-        "model": str(asking.tokenizer),
-        "answer_tokens": asking.answer_tokens,
-        "samples": asking.drawing.samples,
-        "bare": asking.bare,
-        "zero_shot": asking.zero_shot,
-        "limit": asking.limit,
+        "data_path": options.data_path,
+        "split": options.split,
+        "model_folder": str(options.tokenizer),
+        "max_answer_tokens": options.max_answer_tokens,
+        "samples": options.decoding.samples,
+        "no_latent": options.no_latent,
+        "zero_shot": options.zero_shot,
+        "limit": options.limit,
     }
-    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=chosen)
-    found: Any = manager.load(f"boltlm_{spec.task}")
-    (task,) = found["tasks"].values()
-    drawn = {"max_gen_toks": asking.answer_tokens, **asking.drawing.settings()}
+    manager = TaskManager(
+        include_path=str(TASK_DIR), include_defaults=False, metadata=load_arguments
+    )
+    loaded: Any = manager.load(f"boltlm_{spec.task}")
+    (task,) = loaded["tasks"].values()
+    kwargs = {"max_gen_toks": options.max_answer_tokens, **options.decoding.generation_kwargs}
     if spec.space == "latent":
-        drawn["until"] = [*task.config.generation_kwargs["until"], SOL, PRIOR, POST]
-    task.set_config("generation_kwargs", drawn, update=True)
-    return found
+        kwargs["until"] = [*task.config.generation_kwargs["until"], SOL, PRIOR, POST]
+    task.set_config("generation_kwargs", kwargs, update=True)
+    return loaded
 
 
-def _answers(sample: Mapping[str, Any], spec: Spec) -> Iterator[Answer]:
+def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
     doc, completion = sample["doc"], sample["resps"][0][0]
-    for grader, verdict in verdicts(doc, completion).items():
-        yield Answer(
+    for grader, verdict in grade_completion(doc, completion).items():
+        yield TaskAnswer(
             task=spec.task,
             prompts=spec.prompts,
             space=spec.space,
@@ -175,7 +162,7 @@ def _answers(sample: Mapping[str, Any], spec: Spec) -> Iterator[Answer]:
             lost_shots=doc["lost_shots"],
             prompt=doc["prompt"],
             completion=completion,
-            thought=parts(completion, spec.space)[0],
+            thought=split_completion(completion, spec.space)[0],
             gold=doc["gold"],
             grader=grader,
             extracted=verdict.extracted,
@@ -183,38 +170,56 @@ def _answers(sample: Mapping[str, Any], spec: Spec) -> Iterator[Answer]:
         )
 
 
-def measures(answers: Sequence[Answer], what: str) -> dict[str, float]:
-    """Of one task: accuracy by each grader with its standard error over questions, and what became
-    of the prompts; lost shots are also told on standard error."""
-    found: dict[str, float] = {}
-    for name in dict.fromkeys(answer.measure for answer in answers):
-        mine = [answer for answer in answers if answer.measure == name]
-        found[f"{name}/accuracy"], found[f"{name}/accuracy_se"] = accuracy(mine)
-    name = next(iter(found)).removesuffix("/accuracy")
-    asked = [answer for answer in answers if answer.grader == answers[0].grader]
-    found[f"{name}/questions"] = len({answer.question_id for answer in asked})
-    if any(answer.shots + answer.lost_shots > 0 for answer in asked):
-        lost = sum(answer.lost_shots > 0 for answer in asked)
-        found[f"{name}/shots"] = float(np.mean([max(answer.shots, 0) for answer in asked]))
-        found[f"{name}/lost_shots_fraction"] = lost / len(asked)
-        if lost:
-            said = f"{lost} of {len(asked)} prompts of {name} lost shots: the window is too short"
-            print(f"{what}: {said}", file=sys.stderr)
-    if unasked := sum(answer.shots < 0 for answer in asked):
-        found[f"{name}/unasked_fraction"] = unasked / len(asked)
-        print(f"{what}: {unasked} questions of {name} are beyond the window", file=sys.stderr)
+def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
+    """The metrics of one task: the accuracy by each grader with its standard error over questions,
+    and what was lost.
+
+    Per prompt: `shots`, the mean number of few-shot examples; `lost_shots_fraction`, the fraction
+    of prompts with fewer examples than the task has; `unasked_fraction`, the fraction of questions
+    that do not fit into the context window and count as wrong; `invalid_fraction`, the fraction of
+    thoughts without EoL. Lost examples and questions are also reported on standard error, after
+    `label`.
+    """
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(answer.metric_prefix for answer in answers):
+        graded = [answer for answer in answers if answer.metric_prefix == name]
+        metrics[f"{name}/accuracy"], metrics[f"{name}/accuracy_se"] = mean_accuracy(graded)
+    name = next(iter(metrics)).removesuffix("/accuracy")
+    # Each completion once, not once for each grader.
+    completions = [answer for answer in answers if answer.grader == answers[0].grader]
+    metrics[f"{name}/questions"] = len({answer.question_id for answer in completions})
+    if any(answer.shots + answer.lost_shots > 0 for answer in completions):
+        num_lost = sum(answer.lost_shots > 0 for answer in completions)
+        metrics[f"{name}/shots"] = float(np.mean([max(answer.shots, 0) for answer in completions]))
+        metrics[f"{name}/lost_shots_fraction"] = num_lost / len(completions)
+        if num_lost:
+            _warn(
+                f"{label}: {num_lost} of {len(completions)} prompts of {name} lost few-shot"
+                " examples, because the context window is too short"
+            )
+    if num_unasked := sum(answer.shots < 0 for answer in completions):
+        metrics[f"{name}/unasked_fraction"] = num_unasked / len(completions)
+        _warn(
+            f"{label}: {num_unasked} of {len(completions)} prompts of {name} do not fit into the"
+            " context window"
+        )
     if answers[0].space == "latent":
-        ended = [EOL in answer.completion for answer in asked if answer.shots >= 0]
-        found[f"{name}/unfinished_fraction"] = 1 - sum(ended) / max(len(ended), 1)
-    return found
+        ended = [EOL in answer.completion for answer in completions if answer.shots >= 0]
+        metrics[f"{name}/invalid_fraction"] = 1 - sum(ended) / max(len(ended), 1)
+    return metrics
 
 
-def accuracy(answers: Sequence[Answer]) -> tuple[float, float]:
-    """Mean over questions of the share of correct samples, and its standard error over them."""
-    of_question: dict[str, list[bool]] = {}
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def mean_accuracy(answers: Sequence[TaskAnswer]) -> tuple[float, float]:
+    """The mean over questions of the fraction of correct samples, and its standard error over
+    questions (NaN for a single one)."""
+    verdicts_by_question: dict[str, list[bool]] = {}
     for answer in answers:
-        of_question.setdefault(answer.question_id, []).append(answer.correct)
-    shares = np.array([np.mean(verdicts) for verdicts in of_question.values()])
-    if len(shares) < 2:
-        return float(shares.mean()), float("nan")
-    return float(shares.mean()), float(shares.std(ddof=1) / np.sqrt(len(shares)))
+        verdicts_by_question.setdefault(answer.question_id, []).append(answer.correct)
+    fractions = np.array([np.mean(verdicts) for verdicts in verdicts_by_question.values()])
+    if len(fractions) < 2:
+        return float(fractions.mean()), float("nan")
+    return float(fractions.mean()), float(fractions.std(ddof=1) / np.sqrt(len(fractions)))

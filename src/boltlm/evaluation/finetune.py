@@ -1,63 +1,52 @@
-"""Fine-tuning evaluation: a model learns thoughts and answers from a training set, with the loss on
-these alone, and is asked held-out questions, several samples each (SPEC section 6)."""
+"""The stage `finetune`: a model is fine-tuned on questions with thoughts and answers, and evaluated
+on held-out questions, several samples each (docs/method.md, 6.3).
+
+Shapes: S seeds (trainings), Q questions, N samples of an answer.
+"""
 
 import glob
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from boltlm import engine
+from boltlm import checkpoint
 from boltlm.errors import UserError
-from boltlm.evaluation.downstream import TASKS, Answer, Asking, Drawing, Spec, measures
-from boltlm.evaluation.lessons import Run, divided, examples, thoughts
-from boltlm.evaluation.measure import Answering, EvaluateConfig, where
-from boltlm.model import checkpoint
-from boltlm.model.resume import Checkpoints
-from boltlm.model.runs import CODE as TRAINING
-from boltlm.model.settings import TrainConfig, positive
-from boltlm.model.training import train
-from boltlm.params import build, section
-from boltlm.records import Document, read, read_shard, shard_name, write_shard
-from boltlm.sampling.scoring import token_log_probs
+from boltlm.estep.scoring import token_log_probs
+from boltlm.evaluation.downstream import (
+    TASK_DIR,
+    DecodingConfig,
+    TaskAnswer,
+    TaskOptions,
+    task_metrics,
+)
+from boltlm.evaluation.finetune_config import FinetuneSettings
+from boltlm.evaluation.sft_data import build_examples, read_thoughts, split_heldout
+from boltlm.evaluation.task_runner import TaskRunner, task_data
+from boltlm.fingerprint import fingerprint, hash_code, hash_path
+from boltlm.records import Document, read_shard, read_table, shard_name, write_shard
 from boltlm.seeds import generator
-from boltlm.sequences.examples import Example, Examples
+from boltlm.sequences.sft import SFTDataset, SFTExample
+from boltlm.shard_store import (
+    atomic_write,
+    exclusive_lock,
+    is_complete,
+    mark_complete,
+    publish_shards,
+)
 from boltlm.tokens import TextCoder
-
-CODE = (*TRAINING, "boltlm.corpus.chunks", "boltlm.corpus.benchmarks", "boltlm.evaluation")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
-    """Params section `finetune`. `heldout_fraction` of the training set is not trained on but
-    measured; each of `seeds` trainings is asked every question `samples` times."""
-
-    epochs: int
-    heldout_fraction: float
-    seeds: int
-    samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    train: TrainConfig
-    runs: dict[str, Run]
-
-    def __post_init__(self) -> None:
-        positive(self, "epochs", "seeds", "samples")
-        if not 0 <= self.heldout_fraction < 1:
-            raise UserError(f"heldout_fraction lies in [0, 1), found {self.heldout_fraction}")
-        if self.temperature < 0:
-            raise UserError(f"temperature must be 0 or more, found {self.temperature}")
+from boltlm.training.checkpointing import CheckpointManager
+from boltlm.training.trainer import train_model
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where a run reads and writes: the model's folder, the splits of all corpora, the thoughts;
-    the work folder; the answers."""
+class FinetunePaths:
+    """The model's folder, the splits of all corpora, the folder of the thoughts, the folder of
+    unfinished work, and the output folder of the answers."""
 
     model: Path
     split: Path
@@ -66,178 +55,232 @@ class Places:
     out: Path
 
 
-def finetune(params: Mapping[str, Any], name: str, places: Places) -> dict[str, float]:
-    """Fine-tune and ask once for each seed; write every answer, return the metrics.
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """The examples to train on and the held-out ones, and the number of documents that have
+    neither, because they carry no thought."""
 
-    What a seed gave is kept in `work` under a key of all that it depends on; its training is
-    resumed at its last checkpoint, its questions where they were.
+    training: list[SFTExample]
+    heldout: list[SFTExample]
+    documents_without_thought: int
+
+
+def run_finetuning(settings: FinetuneSettings, paths: FinetunePaths) -> dict[str, float]:
+    """Fine-tune the model and evaluate it once for each seed; write every answer, return the
+    metrics.
+
+    The results of a seed are stored in `paths.work` under a fingerprint of everything that they
+    depend on; an interrupted training resumes from its last checkpoint. Raises UserError where no
+    training document has a thought.
     """
-    config = build(FinetuneConfig, section(params, "finetune"), "finetune")
-    if name not in config.runs:
-        raise UserError(f"params.yaml: no key finetune.runs.{name}")
-    entry = config.runs[name]
-    spec = entry.spec(name)
-    questions = where(params, spec, places.split)
-    folder = checkpoint.final(places.model)
-    coder = TextCoder(folder)
-    documents = list(read(places.split / entry.corpus, Document))
-    told = thoughts(places.data, documents)
-    seed = section(params, "seed")
-    trained, heldout = (
-        list(examples(coder, part, told, entry))
-        for part in divided(documents, config.heldout_fraction, seed)
+    label = f"finetune {settings.name}"
+    data_path = task_data(settings.task_spec, settings.benchmarks, paths.split)
+    weights = checkpoint.final_weights(paths.model)
+    examples = _load_examples(settings, paths, TextCoder(weights))
+    facts = _fingerprint_facts(settings, weights, examples, data_path)
+    work = paths.work / "finetune" / fingerprint(facts)
+    runs = [
+        _SeedRun(settings, paths.work, work / f"seed-{index}", weights, data_path, index)
+        for index in range(1, settings.seeds + 1)
+    ]
+    losses = [run.run(examples, f"{label}, seed {run.index}") for run in runs]
+    publish_shards([run.answers_path for run in runs], paths.out)
+    tables = [read_shard(run.answers_path, TaskAnswer) for run in runs]
+    metrics = task_metrics([answer for table in tables for answer in table], label)
+    metrics |= accuracy_over_seeds(tables, settings.task_spec.name)
+    metrics |= {"examples": len(examples.training), "val_examples": len(examples.heldout)}
+    metrics["documents_without_thought"] = examples.documents_without_thought
+    return metrics | {"val_nll_per_token": float(np.mean(losses))}
+
+
+def _load_examples(settings: FinetuneSettings, paths: FinetunePaths, coder: TextCoder) -> _Examples:
+    documents = list(read_table(paths.split / settings.run.corpus, Document))
+    thoughts = read_thoughts(paths.data, documents)
+    training, heldout = (
+        list(build_examples(coder, part, thoughts, settings.run))
+        for part in split_heldout(documents, settings.heldout_fraction, settings.seed)
     )
-    if not trained:
+    if not training:
         raise UserError(
-            f"finetune {name}: not one document to train on has a thought; see"
-            f" finetune.runs.{name}.data and finetune.heldout_fraction"
+            f"finetune {settings.name}: no training document has a thought; see"
+            f" finetune.runs.{settings.name}.data and finetune.heldout_fraction"
         )
-    evaluate = build(EvaluateConfig, section(params, "evaluate"), "evaluate")
-    facts = {
-        "model": engine.content(folder),
-        "examples": [[[*one.prompt], [*one.completion]] for one in (*trained, *heldout)],
-        "questions": [engine.content(Path(path)) for path in sorted(glob.glob(questions))]
-        or questions,
-        "task": (TASKS / f"{spec.task}.yaml").read_text("utf-8"),
-        "asked": [
-            evaluate.backend,
-            evaluate.thought_tokens,
-            evaluate.answer_tokens,
-            evaluate.limit,
+    without_thought = sum(not thoughts.get(document.doc_id) for document in documents)
+    return _Examples(training, heldout, without_thought)
+
+
+def _fingerprint_facts(
+    settings: FinetuneSettings, weights: Path, examples: _Examples, data_path: str
+) -> dict[str, Any]:
+    """What the results of a seed depend on, JSON-ready."""
+    files = [hash_path(Path(path)) for path in sorted(glob.glob(data_path))]
+    return {
+        "model": hash_path(weights),
+        "examples": [
+            [[*example.prompt], [*example.completion]]
+            for example in (*examples.training, *examples.heldout)
         ],
-        "settings": {**asdict(config), "seeds": 0, "runs": 0},
-        "sampling": section(params, "sampling"),
-        "seed": seed,
-        "code": engine.code(CODE),
+        "questions": files or data_path,
+        "task": (TASK_DIR / f"{settings.task_spec.task}.yaml").read_text("utf-8"),
+        "task_spec": settings.task_spec.name,
+        "answers": [
+            settings.backend,
+            settings.max_thought_tokens,
+            settings.max_answer_tokens,
+            settings.limit,
+        ],
+        "decoding": asdict(_decoding(settings)),
+        "training": [settings.epochs, settings.heldout_fraction, asdict(settings.train)],
+        "sampling": [settings.sampling.precision, settings.sampling.batch_tokens],
+        "seed": settings.seed,
+        "code": hash_code("boltlm.evaluation.finetune"),
     }
-    work = places.work / "finetune" / engine.key(facts)
-    tables: list[list[Answer]] = []
-    losses: list[float] = []
-    for place in range(1, config.seeds + 1):
-        one = _Seed(params, config, spec, coder, folder, places, work / f"seed-{place}", place)
-        losses.append(one.run(trained, heldout, f"finetune {name}, seed {place}"))
-        tables.append(list(read_shard(one.answers, Answer)))
-    if places.out.exists():
-        shutil.rmtree(places.out)
-    for place, table in enumerate(tables):
-        write_shard(places.out / shard_name(place), Answer, table)
-    measured = measures([row for table in tables for row in table], f"finetune {name}")
-    measured |= spread(tables, spec.name)
-    measured |= {"examples": len(trained), "heldout_examples": len(heldout)}
-    measured["documents_without_thought"] = sum(not told.get(one.doc_id) for one in documents)
-    return measured | {"heldout_nll_per_token": float(np.mean(losses))}
 
 
-class _Seed:
-    """One training and its answers."""
+def _decoding(settings: FinetuneSettings) -> DecodingConfig:
+    return DecodingConfig(
+        samples=settings.samples,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+    )
 
-    def __init__(
-        self,
-        params: Mapping[str, Any],
-        config: FinetuneConfig,
-        spec: Spec,
-        coder: TextCoder,
-        folder: Path,
-        places: Places,
-        work: Path,
-        place: int,
-    ) -> None:
-        self.params, self.config, self.spec, self.coder = params, config, spec, coder
-        self.folder, self.places, self.work = folder, places, work
-        self.seed = int(generator(section(params, "seed"), "finetune", place).integers(2**31))
-        self.answers = work / "answers.parquet"
-        self.loss = work / "heldout.json"
 
-    def run(self, trained: list[Example], heldout: list[Example], what: str) -> float:
-        """Leave the answers in their file; return −log p of the held-out completions a token."""
+@dataclass(frozen=True, slots=True)
+class _SeedRun:
+    """One training, number `index` from 1, and its evaluation. `cache` is the folder of unfinished
+    work of all stages, `work` that of this training."""
+
+    settings: FinetuneSettings
+    cache: Path
+    work: Path
+    weights: Path
+    data_path: str
+    index: int
+
+    @property
+    def answers_path(self) -> Path:
+        """The shard with the answers, under the name that it has in the output folder."""
+        return self.work / shard_name(self.index - 1)
+
+    @property
+    def loss_path(self) -> Path:
+        return self.work / "val_nll.txt"
+
+    @property
+    def seed(self) -> int:
+        """The seed of the order of the examples and of the sampled answers."""
+        return int(generator(self.settings.seed, "finetune", self.index).integers(2**31))
+
+    def run(self, examples: _Examples, label: str) -> float:
+        """Leave the answers in their file; return −log p of the held-out completions per token."""
         model = self.work / "model"
-        with engine.alone(self.work, what):
-            if not (engine.is_whole(self.answers) and engine.is_whole(self.loss)):
-                if not engine.is_whole(model / "training.json"):
-                    self._train(trained, model, what)
-                self._measure(heldout, model, what)
+        with exclusive_lock(self.work, label):
+            if not (is_complete(self.answers_path) and is_complete(self.loss_path)):
+                if not is_complete(model / "training.json"):
+                    self._train(examples.training, model, label)
+                self._evaluate(examples.heldout, model, label)
+            # Weights and checkpoints are no longer needed.
             for folder in (model, self.work / "steps"):
                 shutil.rmtree(folder, ignore_errors=True)
-        return float(self.loss.read_text("utf-8"))
+        return float(self.loss_path.read_text("utf-8"))
 
-    def _train(self, trained: list[Example], out: Path, what: str) -> None:
-        config = self.config.train
-        rows = Examples(trained, self.config.epochs, self.seed)
-        checkpoint.prepare_cpu()
-        model = checkpoint.load(self.folder)
-        kept = Checkpoints(self.work / "steps", config.checkpoint_every, what)
-        done = train(
+    def _train(self, examples: list[SFTExample], out: Path, label: str) -> None:
+        config = self.settings.train
+        dataset = SFTDataset(examples, self.settings.epochs, self.seed)
+        checkpoint.keep_freed_memory()
+        model = checkpoint.load_model(self.weights)
+        checkpoints = CheckpointManager(self.work / "steps", config.checkpoint_every, label)
+        result = train_model(
             model,
-            rows,
+            dataset,
             config,
             seed=self.seed,
             csv_path=self.work / "curve.csv",
-            what=what,
-            kept=kept,
+            what=label,
+            checkpoints=checkpoints,
         )
-        facts = {"steps": done.steps, "tokens": done.tokens}
-        checkpoint.save(model, out, self.folder, facts)
-        engine.seal(out / "training.json")
-        kept.clear()
+        facts = {"steps": result.steps, "tokens": result.tokens}
+        checkpoint.save_model(model, out, self.weights, facts)
+        mark_complete(out / "training.json")
+        checkpoints.clear()
 
-    def _measure(self, heldout: list[Example], model: Path, what: str) -> None:
-        evaluate = build(EvaluateConfig, section(self.params, "evaluate"), "evaluate")
-        answering = Answering(self.params, model, self.places.work, what, self.seed)
-        asking = Asking(
-            where=where(self.params, self.spec, self.places.split),
+    def _evaluate(self, heldout: list[SFTExample], model: Path, label: str) -> None:
+        settings = self.settings
+        runner = TaskRunner(
+            model,
+            model_digest=hash_path(model),
+            backend=settings.backend,
+            batch_size=settings.batch_size,
+            sampling=settings.sampling,
+            seed=self.seed,
+            work=self.cache,
+            label=label,
+        )
+        options = TaskOptions(
+            data_path=self.data_path,
             tokenizer=model,
-            answer_tokens=evaluate.thought_tokens + evaluate.answer_tokens,
-            drawing=Drawing(
-                samples=self.config.samples,
-                temperature=self.config.temperature,
-                top_k=self.config.top_k,
-                top_p=self.config.top_p,
-            ),
+            max_answer_tokens=settings.max_thought_tokens + settings.max_answer_tokens,
+            decoding=_decoding(settings),
             zero_shot=True,
-            limit=evaluate.limit,
+            limit=settings.limit,
         )
-        found = answering.run(self.spec, asking)
-        loss = math.nan
-        if heldout:
-            logs = token_log_probs(
-                checkpoint.load(model, answering.sampling.precision),
-                [list(one.prompt) for one in heldout],
-                [[list(one.completion)] for one in heldout],
-                answering.sampling.batch_tokens,
-            )
-            tokens = sum(len(one.completion) for one in heldout)
-            loss = -sum(float(log[0].sum()) for log in logs) / tokens
-        with engine.whole(self.loss) as part:
-            part.write_text(repr(loss), encoding="utf-8")
-        engine.seal(self.loss)
-        write_shard(self.answers, Answer, found)
-        engine.seal(self.answers)
+        answers = runner.run(settings.task_spec, options)
+        loss = self._heldout_loss(heldout, model)
+        with atomic_write(self.loss_path) as temporary:
+            temporary.write_text(repr(loss), encoding="utf-8")
+        mark_complete(self.loss_path)
+        write_shard(self.answers_path, TaskAnswer, answers)
+        mark_complete(self.answers_path)
+
+    def _heldout_loss(self, heldout: list[SFTExample], model: Path) -> float:
+        """−log p of the held-out completions per token, nats; NaN where there are none."""
+        if not heldout:
+            return math.nan
+        sampling = self.settings.sampling
+        log_probs = token_log_probs(
+            checkpoint.load_model(model, sampling.precision),
+            [list(example.prompt) for example in heldout],
+            [[list(example.completion)] for example in heldout],
+            sampling.batch_tokens,
+        )
+        num_tokens = sum(len(example.completion) for example in heldout)
+        return -sum(float(completions[0].sum()) for completions in log_probs) / num_tokens
 
 
-def spread(tables: Sequence[Sequence[Answer]], name: str) -> dict[str, float]:
-    """The mean accuracy over seeds, questions and samples by the task's first grader, and its
-    standard errors: over questions (the set could be another), over samples (drawn anew), over
-    seeds (trained anew)."""
+def accuracy_over_seeds(tables: Sequence[Sequence[TaskAnswer]], name: str) -> dict[str, float]:
+    """The mean accuracy over seeds, questions and samples by the task's first grader, and three
+    standard errors.
+
+    `tables` holds the answers of each seed, `name` is the prefix of the metrics. The errors are
+    over questions (`accuracy_se`), over samples of the same questions and trainings
+    (`accuracy_se_samples`), and over trainings (`accuracy_se_seeds`); see docs/method.md, 6.3.
+    """
     grader = tables[0][0].grader
-    of_seed: list[dict[str, list[float]]] = []
+    correct_by_seed: list[dict[str, list[float]]] = []
     for table in tables:
-        shares: dict[str, list[float]] = {}
+        correct_by_question: dict[str, list[float]] = {}
         for answer in table:
             if answer.grader == grader:
-                shares.setdefault(answer.question_id, []).append(float(answer.correct))
-        of_seed.append(shares)
-    correct_SQN = np.array([list(shares.values()) for shares in of_seed])
-    seeds, questions, samples = correct_SQN.shape
-    found = {f"{name}/accuracy": float(correct_SQN.mean())}
-
-    def error(values: np.ndarray) -> float:
-        return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else math.nan
-
-    found[f"{name}/accuracy_se"] = error(correct_SQN.mean((0, 2)))
-    found[f"{name}/accuracy_se_seeds"] = error(correct_SQN.mean((1, 2)))
-    if samples > 1:
-        variance_SQ = correct_SQN.var(2, ddof=1) / samples
-        found[f"{name}/accuracy_se_samples"] = float(
-            np.sqrt(variance_SQ.sum()) / (seeds * questions)
+                correct = correct_by_question.setdefault(answer.question_id, [])
+                correct.append(float(answer.correct))
+        correct_by_seed.append(correct_by_question)
+    correct_SQN = np.array([list(questions.values()) for questions in correct_by_seed])
+    num_seeds, num_questions, num_samples = correct_SQN.shape
+    metrics = {
+        f"{name}/accuracy": float(correct_SQN.mean()),
+        f"{name}/accuracy_se": _standard_error(correct_SQN.mean((0, 2))),
+        f"{name}/accuracy_se_seeds": _standard_error(correct_SQN.mean((1, 2))),
+    }
+    if num_samples > 1:
+        variance_SQ = correct_SQN.var(2, ddof=1) / num_samples
+        metrics[f"{name}/accuracy_se_samples"] = float(
+            np.sqrt(variance_SQ.sum()) / (num_seeds * num_questions)
         )
-    return found | {f"{name}/questions": questions, "samples": samples, "seeds": seeds}
+    metrics[f"{name}/questions"] = num_questions
+    return metrics | {"samples": num_samples, "seeds": num_seeds}
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values; NaN for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else math.nan

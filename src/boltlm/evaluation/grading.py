@@ -1,14 +1,14 @@
-r"""What a model wrote, read and judged: numbers, mathematics, letters.
+r"""Grading: an answer is extracted from what a model wrote, and compared with the gold answer.
 
-The graders of the public tasks are lm-eval's (0.4): the two filters of gsm8k_cot, the `math_verify`
-metric of minerva_math, the filter of mmlu_flan_cot_fewshot. The verdicts agree with lm-eval's, save
-for these differences, which are wanted:
+The graders of the public tasks are those of lm-eval 0.4: the two filters of gsm8k_cot, the
+`math_verify` metric of minerva_math, and the filter of mmlu_flan_cot_fewshot. The verdicts agree
+with lm-eval's, apart from these intended differences:
 
-- gsm8k: numbers are compared as numbers, so 18.00 is 18, and 18... is 18; a Unicode minus is a
-  minus (lm-eval skips it, and so takes −5 for 5).
-- mmlu_stem: what follows the letter does not matter ("(B) because 2 > 1."). lm-eval wants the
-  letter alone on the rest of the line, and drops that line's last character unseen: a bare "B" at
-  the end of the text is wrong there, and "Be" is a B.
+- gsm8k: numbers are compared as numbers, so 18.00 and 18... equal 18. A Unicode minus sign is read
+  as a minus sign; lm-eval skips it and thus takes −5 for 5.
+- mmlu_stem: text after the letter does not matter ("(B) because 2 > 1."). lm-eval requires the
+  letter to be alone on the line, and removes the last character of the line without looking at it:
+  a bare "B" at the end of the text is wrong there, and "Be" is read as B.
 """
 
 import re
@@ -19,21 +19,21 @@ from functools import lru_cache
 
 from math_verify import parse, verify
 
-from boltlm.corpus.chunks import sentences
+from boltlm.corpus.chunks import split_sentences
 
-# A sign belongs to a number unless a digit stands before it; commas group thousands.
+# A sign belongs to the number unless a digit precedes it; commas group thousands.
 _NUMBER = re.compile(r"(?:(?<![\d.])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-# lm-eval's: the last full stop of `strict` stands for any character, as it does there.
+# As in lm-eval, where the last full stop of `strict` also matches any character.
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
 _ANSWER_IS = re.compile(r"answer is (.+)")
-# A letter in brackets, or one that ends its line or its sentence: the "a" of "a prime" is none.
+# A letter in brackets, or at the end of its line or sentence; the "a" of "a prime" is not one.
 _LETTER = re.compile(r"[\W_]*([A-Da-d])(?=\s*[)\]]|[\W_]*$|\W*[.;:]\s)")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the grader read as the answer, None where it found none, and whether it is right."""
+    """The answer that a grader extracted, None where it found none, and whether it is correct."""
 
     extracted: str | None
     correct: bool
@@ -42,78 +42,83 @@ class Verdict:
 def grade(task: str, answer: str | None, gold: str) -> dict[str, Verdict]:
     r"""The verdict of each of the task's graders, by name.
 
-    `answer` is what the model wrote as its answer; None or nothing is never correct. `gold` is
-    GSM8K's whole `answer`, MATH's whole `solution`, MMLU's letter, or a question's number.
+    `answer` is the text that the model wrote as its answer; None and the empty text are never
+    correct. `gold` is GSM8K's complete `answer`, MATH's complete `solution`, MMLU's letter, or the
+    number that answers one of the corpus's own questions.
 
-    Call it in the main thread: math_verify limits its time by SIGALRM (5 s for each of its steps),
-    raises `ValueError` in another thread, and ends any alarm that was set before.
+    To be called in the main thread: math_verify limits its time by SIGALRM (5 s for each of its
+    steps), raises ValueError in any other thread, and cancels an alarm that was set before.
     """
     return {
-        name: read(answer, gold) if answer else Verdict(None, False)
-        for name, read in _GRADERS[task].items()
+        name: grader(answer, gold) if answer else Verdict(None, False)
+        for name, grader in _GRADERS[task].items()
     }
 
 
-def number(text: str) -> str | None:
+def last_number(text: str) -> str | None:
     """The last number of the first sentence of `text`, or None."""
-    first = next(iter(sentences(text.strip())), "")
-    found = _NUMBER.findall(first)
-    return found[-1] if found else None
+    first = next(iter(split_sentences(text.strip())), "")
+    numbers = _NUMBER.findall(first)
+    return numbers[-1] if numbers else None
 
 
-def same_number(found: str | None, wanted: str) -> bool:
-    """Whether both say the same number, thousands commas and trailing zeros aside."""
-    if found is None:
+def same_number(number: str | None, gold: str) -> bool:
+    """Whether two numerals denote the same number; commas and trailing zeros do not matter."""
+    if number is None:
         return False
     try:
-        return _decimal(found) == _decimal(wanted)
+        return _decimal(number) == _decimal(gold)
     except InvalidOperation:
-        return found == wanted
+        return number == gold
 
 
 def _decimal(text: str) -> Decimal:
     return Decimal(text.replace(",", "").replace("−", "-"))
 
 
-def _question(answer: str, gold: str) -> Verdict:
-    found = number(answer)
-    return Verdict(found, same_number(found, gold))
+def _grade_question(answer: str, gold: str) -> Verdict:
+    number = last_number(answer)
+    return Verdict(number, same_number(number, gold))
 
 
-def _flexible(answer: str, gold: str) -> Verdict:
-    return _gsm8k(_FLEXIBLE.findall(answer.replace("−", "-"))[-1:], gold)
+def _grade_gsm8k_flexible(answer: str, gold: str) -> Verdict:
+    return _gsm8k_verdict(_FLEXIBLE.findall(answer.replace("−", "-"))[-1:], gold)
 
 
-def _strict(answer: str, gold: str) -> Verdict:
-    return _gsm8k(_STRICT.findall(answer.replace("−", "-"))[:1], gold)
+def _grade_gsm8k_strict(answer: str, gold: str) -> Verdict:
+    return _gsm8k_verdict(_STRICT.findall(answer.replace("−", "-"))[:1], gold)
 
 
-def _gsm8k(found: list[str], gold: str) -> Verdict:
-    read = found[0].replace("$", "").rstrip(".,") if found else ""
-    return Verdict(read or None, same_number(read, gold.rpartition("####")[2].strip()))
+def _gsm8k_verdict(matches: list[str], gold: str) -> Verdict:
+    number = matches[0].replace("$", "").rstrip(".,") if matches else ""
+    return Verdict(number or None, same_number(number, gold.rpartition("####")[2].strip()))
 
 
-@lru_cache(maxsize=1 << 14)  # lm-eval asks, and then the table of answers: seconds, at worst
-def _math(answer: str, gold: str) -> Verdict:
-    # Neither call raises: what fails or takes too long in them finds nothing or is not equal.
-    # `parse` gives what it understood, which may be too large to be written out, and the LaTeX.
+# Cached because each answer is graded twice, by lm-eval and for the table of answers, and one
+# grading may take seconds.
+@lru_cache(maxsize=1 << 14)
+def _grade_math(answer: str, gold: str) -> Verdict:
+    # Neither call raises: after an error or a timeout `parse` returns nothing and `verify` False.
+    # `parse` returns the parsed expression, which may be too large to be printed, and the LaTeX.
     target = parse(answer)
-    latex = next((one for one in target if isinstance(one, str)), None)
+    latex = next((part for part in target if isinstance(part, str)), None)
     return Verdict(latex, verify(gold=parse(gold), target=target))
 
 
-def _letter(answer: str, gold: str) -> Verdict:
+def _grade_letter(answer: str, gold: str) -> Verdict:
     line = _ANSWER_IS.search(answer)
-    found = _LETTER.match(line[1]) if line else None
-    letter = found[1].upper() if found else None
+    match = _LETTER.match(line[1]) if line else None
+    letter = match[1].upper() if match else None
     return Verdict(letter, letter == gold)
 
 
 _GRADERS: Mapping[str, Mapping[str, Callable[[str, str], Verdict]]] = {
-    "gsm8k": {"flexible": _flexible, "strict": _strict},
-    "math": {"math_verify": _math},
-    "mmlu_stem": {"letter": _letter},
-    "questions": {"number": _question},
+    "gsm8k": {"flexible": _grade_gsm8k_flexible, "strict": _grade_gsm8k_strict},
+    "math": {"math_verify": _grade_math},
+    "mmlu_stem": {"letter": _grade_letter},
+    "questions": {"number": _grade_question},
 }
-# Of each task; the share of the first one is called accuracy.
-GRADERS: Mapping[str, tuple[str, ...]] = {task: tuple(named) for task, named in _GRADERS.items()}
+# The graders of each task; the fraction of answers that the first one accepts is called accuracy.
+GRADERS: Mapping[str, tuple[str, ...]] = {
+    task: tuple(graders) for task, graders in _GRADERS.items()
+}

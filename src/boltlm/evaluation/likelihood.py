@@ -1,4 +1,10 @@
-"""Likelihood measures (SPEC section 5): pooled over documents, in nats, with standard errors."""
+"""Likelihood measures of a model on held-out text (docs/method.md, section 5).
+
+Letters as in docs/method.md: X chunk, C context, Z latent, q proposal, p model, w weight, K samples
+per chunk. Everything is in nats and pooled over documents; standard errors are over documents.
+
+Shapes: C chunks of a corpus, D documents, K samples of a chunk, G groups of samples of a chunk.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,84 +14,93 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel
 
+from boltlm.estep.importance import iwae_bound
+from boltlm.estep.scoring import token_log_probs
 from boltlm.records import Chunk, Sample
-from boltlm.sampling.scoring import token_log_probs
-from boltlm.sampling.weights import iwae
-from boltlm.tokens import Markers
+from boltlm.tokens import SpecialTokens
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-    """Σ above / Σ below over documents, and its standard error by the delta method; NaN where
-    there is nothing to divide by."""
-    if below.sum() == 0:
-        return float("nan"), float("nan")
-    value = above.sum() / below.sum()
-    count = len(above)
-    if count < 2:
-        return float(value), float("nan")
-    rest = above - value * below
-    return float(value), float(np.sqrt(count / (count - 1) * (rest**2).sum()) / below.sum())
+def ratio_estimate(numerators_D: np.ndarray, denominators_D: np.ndarray) -> tuple[float, float]:
+    """The pooled ratio R = Σ a / Σ b over documents, and its standard error, eq. (9).
 
-
-def bounds(
-    groups: Sequence[Sequence[Sample]], raw_tokens: Sequence[int], sizes: Sequence[int]
-) -> dict[str, float]:
-    """ELBO per raw token for each K in `sizes`, and its parts per chunk.
-
-    `groups` are the K draws of each chunk, `raw_tokens` the lengths of the chunks. The bound for
-    a smaller K is the mean over the disjoint groups of K draws. Groups in which every draw
-    failed have a bound of −∞: they are left out, and their share is reported beside the bound.
+    Eq. (9), the delta method: SE² = D / (D − 1) · Σ (a − R b)² / (Σ b)². Both are NaN where Σ b is
+    0, and the standard error is NaN for a single document.
     """
-    documents, place = np.unique([group[0].doc_id for group in groups], return_inverse=True)
+    if denominators_D.sum() == 0:
+        return float("nan"), float("nan")
+    ratio = numerators_D.sum() / denominators_D.sum()
+    count = len(numerators_D)
+    if count < 2:
+        return float(ratio), float("nan")
+    residuals_D = numerators_D - ratio * denominators_D
+    variance = count / (count - 1) * (residuals_D**2).sum()
+    return float(ratio), float(np.sqrt(variance) / denominators_D.sum())
+
+
+def elbo_metrics(
+    groups: Sequence[Sequence[Sample]], chunk_lengths: Sequence[int], sizes: Sequence[int]
+) -> dict[str, float]:
+    """ELBO per token of text for each K in `sizes`, eq. (7), and its three terms, eq. (8).
+
+    `groups` holds the samples of each chunk, `chunk_lengths` the chunks' lengths in tokens. Chunks
+    without a finite bound enter neither sum of the ratio; `elbo_failed_fraction_k<K>` is the
+    fraction of groups of K samples whose bound is −∞ because all of their draws are invalid.
+    """
+    doc_ids, document_C = np.unique([group[0].doc_id for group in groups], return_inverse=True)
     log_w_CK = np.array([[sample.log_weight for sample in group] for group in groups])
-    lengths_C = np.asarray(raw_tokens, dtype=float)
-    found: dict[str, float] = {}
+    lengths_C = np.asarray(chunk_lengths, dtype=float)
+    metrics: dict[str, float] = {}
     for size in sizes:
-        bound_C, share_C = chunk_bounds(log_w_CK, size)
-        known_C = share_C > 0
-        above = np.bincount(place, np.where(known_C, bound_C, 0.0), len(documents))
-        below = np.bincount(place, np.where(known_C, lengths_C, 0.0), len(documents))
+        bound_C, finite_fraction_C = chunk_bounds(log_w_CK, size)
+        is_finite_C = finite_fraction_C > 0
+        bound_D = np.bincount(document_C, np.where(is_finite_C, bound_C, 0.0), len(doc_ids))
+        length_D = np.bincount(document_C, np.where(is_finite_C, lengths_C, 0.0), len(doc_ids))
         name = f"elbo_per_token_k{size}"
-        found[name], found[f"{name}_se"] = ratio(above, below)
-        found[f"elbo_failed_fraction_k{size}"] = float(1 - share_C.mean())
-    largest = f"elbo_per_token_k{max(sizes)}"
-    found["elbo_per_token"], found["elbo_per_token_se"] = found[largest], found[f"{largest}_se"]
-    return found | _parts(groups, place, len(documents))
+        metrics[name], metrics[f"{name}_se"] = ratio_estimate(bound_D, length_D)
+        metrics[f"elbo_failed_fraction_k{size}"] = float(1 - finite_fraction_C.mean())
+    name = f"elbo_per_token_k{max(sizes)}"
+    metrics["elbo_per_token"], metrics["elbo_per_token_se"] = metrics[name], metrics[f"{name}_se"]
+    return metrics | _elbo_terms(groups, document_C, len(doc_ids))
 
 
 def chunk_bounds(log_w_CK: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each chunk the mean of its finite bounds over disjoint sets of `size` draws, nats, 0
-    where none is finite; and the share of its sets whose bound is."""
-    whole = log_w_CK.shape[1] // size * size
-    bound_CG = iwae(log_w_CK[:, :whole].reshape(len(log_w_CK), -1, size))
+    """The bound of eq. (6), IWAE_K with K = `size`, for each chunk.
+
+    A chunk with more samples than K has several disjoint groups of K. Returns, both of shape (C,),
+    the mean of the chunk's finite bounds in nats (0 where none is finite), and the fraction of its
+    groups whose bound is finite.
+    """
+    used_samples = log_w_CK.shape[1] // size * size
+    bound_CG = iwae_bound(log_w_CK[:, :used_samples].reshape(len(log_w_CK), -1, size))
     finite_CG = np.isfinite(bound_CG)
     mean_C = np.where(finite_CG, bound_CG, 0.0).sum(1) / np.maximum(finite_CG.sum(1), 1)
     return mean_C, finite_CG.mean(1)
 
 
-def _parts(
-    groups: Sequence[Sequence[Sample]], place: np.ndarray, documents: int
+def _elbo_terms(
+    groups: Sequence[Sequence[Sample]], document_C: np.ndarray, num_documents: int
 ) -> dict[str, float]:
-    """utility E[log p(X|Z)], simplicity E[log p(Z)], diversity E[−log q(Z)], nats a chunk, over
-    the draws that are latents."""
-    done = [[s for s in group if s.finish == "stop"] for group in groups]
-    known = np.array([bool(group) for group in done])
-    counts = np.bincount(place[known], minlength=documents).astype(float)
-    found: dict[str, float] = {}
+    """Eq. (8): utility E_q[log p(X | C, Z)], simplicity E_q[log p(Z | C)] and diversity
+    E_q[−log q(Z | C, X)], in nats per chunk, over the valid draws."""
+    valid = [[sample for sample in group if sample.finish == "stop"] for group in groups]
+    has_latent_C = np.array([bool(group) for group in valid])
+    documents = document_C[has_latent_C]
+    count_D = np.bincount(documents, minlength=num_documents).astype(float)
+    metrics: dict[str, float] = {}
     for name, column, sign in (
         ("utility", "log_p_text", 1),
         ("simplicity", "log_p_latent", 1),
         ("diversity", "log_q", -1),
     ):
-        means = [sign * np.mean([getattr(s, column) for s in group]) for group in done if group]
-        sums = np.bincount(place[known], means, documents)
-        found[name], found[f"{name}_se"] = ratio(sums, counts)
-    return found
+        means = [sign * np.mean([getattr(s, column) for s in group]) for group in valid if group]
+        sum_D = np.bincount(documents, means, num_documents)
+        metrics[name], metrics[f"{name}_se"] = ratio_estimate(sum_D, count_D)
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentScore:
-    """A held-out document, its tokens, and −log p of its raw text after BOS, nats."""
+    """A held-out document: its length in tokens, and −log p of its raw text after BOS in nats."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {"doc_id": pa.string(), "tokens": pa.int64(), "nll": pa.float64()}
@@ -95,42 +110,47 @@ class DocumentScore:
     nll: float
 
 
-def raw_nll(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """−log p of the raw documents per token of text (EOS is not text), pooled."""
-    nats = np.array([score.nll for score in scores])
-    tokens = np.array([score.tokens for score in scores], dtype=float)
-    value, error = ratio(nats, tokens)
-    return {"nll_per_token": value, "nll_per_token_se": error}
+def nll_metrics(scores: Sequence[DocumentScore]) -> dict[str, float]:
+    """Eq. (10): −log p of the raw documents per token, pooled. EOS does not belong to a text."""
+    nll_D = np.array([score.nll for score in scores])
+    tokens_D = np.array([score.tokens for score in scores], dtype=float)
+    ratio, error = ratio_estimate(nll_D, tokens_D)
+    return {"nll_per_token": ratio, "nll_per_token_se": error}
 
 
-def raw_scores(
+def score_documents(
     model: PreTrainedModel,
-    markers: Markers,
+    special_tokens: SpecialTokens,
     documents: Mapping[str, Sequence[int]],
-    window: int,
+    context_length: int,
     batch_tokens: int,
 ) -> list[DocumentScore]:
-    """Each document's raw likelihood. One beyond the window is scored in windows, each of which
-    begins with the token before it."""
+    """−log p of each document's raw text, the numerator of eq. (10), by document id.
+
+    A document that does not fit into the context window of `context_length` tokens is scored in
+    consecutive windows, each of which is conditioned on the token before it.
+    """
     prefixes: list[list[int]] = []
     branches: list[list[Sequence[int]]] = []
-    owner: list[int] = []
+    document_indices: list[int] = []
     for index, tokens in enumerate(documents.values()):
-        for start in range(0, len(tokens), window - 1):
-            prefixes.append([tokens[start - 1] if start else markers.bos])
-            branches.append([tokens[start : start + window - 1]])
-            owner.append(index)
-    logs = token_log_probs(model, prefixes, branches, batch_tokens)
-    sums = np.bincount(owner, [-log[0].sum() for log in logs], len(documents))
+        for start in range(0, len(tokens), context_length - 1):
+            prefixes.append([tokens[start - 1] if start else special_tokens.bos])
+            branches.append([tokens[start : start + context_length - 1]])
+            document_indices.append(index)
+    log_probs = token_log_probs(model, prefixes, branches, batch_tokens)
+    nll_D = np.bincount(
+        document_indices, [-window[0].sum() for window in log_probs], len(documents)
+    )
     return [
-        DocumentScore(doc_id=name, tokens=len(tokens), nll=float(nats))
-        for (name, tokens), nats in zip(documents.items(), sums, strict=True)
+        DocumentScore(doc_id=doc_id, tokens=len(tokens), nll=float(nll))
+        for (doc_id, tokens), nll in zip(documents.items(), nll_D, strict=True)
     ]
 
 
-def documents_of(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
-    """The raw token ids of each document by its id, its chunks joined."""
-    found: dict[str, list[int]] = {}
+def join_chunks(chunks: Sequence[Chunk]) -> dict[str, list[int]]:
+    """The token ids of each document, by its id: its chunks concatenated in reading order."""
+    documents: dict[str, list[int]] = {}
     for chunk in chunks:
-        found.setdefault(chunk.doc_id, []).extend(chunk.tokens)
-    return found
+        documents.setdefault(chunk.doc_id, []).extend(chunk.tokens)
+    return documents

@@ -1,1 +1,1 @@
-"""Chunks and latents become training sequences and prompts."""
+"""Chunks and latents become training sequences and prompts (docs/method.md, section 3)."""

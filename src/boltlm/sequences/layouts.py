@@ -1,6 +1,21 @@
-"""The order of tokens, in one place: training documents, and the prompts that match them.
+"""The token grammar of training sequences and prompts (docs/method.md, 3.1).
 
-SPEC sections 3 and 4. Letters: C context (raw text of the L chunks before), X chunk, Z latent.
+    C  context: the raw text of the chunks before X     X  text of a chunk     Z  its latent
+
+    document          = BOS chunk* EOS              layout `document`, the paper's
+    chunk-row         = BOS C chunk [EOS]           layout `chunk`; EOS ends a document
+    chunk             = prior-chunk | posterior-chunk | no-latent-chunk
+    prior-chunk       = SoL Prior Z EoL X           trains p(Z, X | C)
+    posterior-chunk   = SoL EoL X SoL Post Z EoL    trains q(Z | X, C)
+    no-latent-chunk   = SoL EoL X                   the chunk has no latent
+
+    prior-prompt      = BOS C SoL Prior             continued by Z EoL X
+    posterior-prompt  = BOS C SoL EoL X SoL Post    continued by Z EoL
+    no-latent-prompt  = BOS C SoL EoL               continued by X
+
+    raw               = BOS X EOS                   without latents or latent marks
+
+A chunk-row begins with the prompt of its mode, so that training and the E-step see the same tokens.
 """
 
 from collections.abc import Sequence
@@ -9,80 +24,109 @@ from typing import Literal
 
 import numpy as np
 
-from boltlm.tokens import Markers
+from boltlm.errors import UserError
+from boltlm.tokens import SpecialTokens
 
-Ids = Sequence[int] | np.ndarray
-Format = Literal["latent", "raw", "mixed", "paraphrase"]
+TokenIds = Sequence[int] | np.ndarray
+SequenceFormat = Literal["latent", "raw", "mixed", "paraphrase"]
 Layout = Literal["document", "chunk"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceConfig:
+    """Section `sequences` of params.yaml. `sequence_length`: of a training sequence, in tokens."""
+
+    sequence_length: int
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise UserError(f"sequence_length must be 2 or more, found {self.sequence_length}")
+
+
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A chunk and its latent; `latent` is None where every draw failed or there is none."""
+class LatentPair:
+    """The text X of a chunk and its latent Z, which is None where the chunk has no latent."""
 
-    text: Ids
-    latent: Ids | None
-
-
-def prior_prefix(m: Markers, context: Ids) -> list[int]:
-    """BOS C SoL Prior: what log p(Z, EoL | …) and then log p(X | …) continue."""
-    return [m.bos, *context, m.sol, m.prior]
+    text: TokenIds
+    latent: TokenIds | None
 
 
-def posterior_prefix(m: Markers, context: Ids, text: Ids) -> list[int]:
-    """BOS C SoL EoL X SoL Post: what q(Z, EoL | …) continues."""
-    return [m.bos, *context, m.sol, m.eol, *text, m.sol, m.post]
+def prior_prompt(special: SpecialTokens, context: TokenIds) -> list[int]:
+    """BOS C SoL Prior, continued by Z EoL X: the condition of p(Z | C), then of p(X | Z, C)."""
+    return [special.bos, *context, special.sol, special.prior]
 
 
-def bare_prefix(m: Markers, context: Ids) -> list[int]:
-    """BOS C SoL EoL: what a chunk continues that comes without a latent before it."""
-    return [m.bos, *context, m.sol, m.eol]
+def posterior_prompt(special: SpecialTokens, context: TokenIds, text: TokenIds) -> list[int]:
+    """BOS C SoL EoL X SoL Post, continued by Z EoL: the condition of q(Z | X, C)."""
+    return [special.bos, *context, special.sol, special.eol, *text, special.sol, special.post]
 
 
-def prior_chunk(m: Markers, pair: Pair) -> list[int]:
+def no_latent_prompt(special: SpecialTokens, context: TokenIds) -> list[int]:
+    """BOS C SoL EoL, continued by X: the condition of p(X | C) without a latent."""
+    return [special.bos, *context, special.sol, special.eol]
+
+
+def prior_chunk(special: SpecialTokens, pair: LatentPair) -> list[int]:
+    """SoL Prior Z EoL X: the latent before the text. The pair must have a latent."""
     assert pair.latent is not None
-    return [m.sol, m.prior, *pair.latent, m.eol, *pair.text]
+    return [special.sol, special.prior, *pair.latent, special.eol, *pair.text]
 
 
-def posterior_chunk(m: Markers, pair: Pair) -> list[int]:
+def posterior_chunk(special: SpecialTokens, pair: LatentPair) -> list[int]:
+    """SoL EoL X SoL Post Z EoL: the latent after the text. The pair must have a latent."""
     assert pair.latent is not None
-    return [m.sol, m.eol, *pair.text, m.sol, m.post, *pair.latent, m.eol]
+    text_part = [special.sol, special.eol, *pair.text]
+    return [*text_part, special.sol, special.post, *pair.latent, special.eol]
 
 
-def bare_chunk(m: Markers, pair: Pair) -> list[int]:
-    return [m.sol, m.eol, *pair.text]
+def no_latent_chunk(special: SpecialTokens, pair: LatentPair) -> list[int]:
+    """SoL EoL X: the text alone, behind an empty pair of latent marks."""
+    return [special.sol, special.eol, *pair.text]
 
 
-def chunk(m: Markers, pair: Pair, prior_mode: bool) -> list[int]:
-    """One chunk in its mode; without a latent it is the empty pair and the text."""
+def format_chunk(special: SpecialTokens, pair: LatentPair, prior_mode: bool) -> list[int]:
+    """A chunk in prior or posterior mode; one without a latent has only one form."""
     if pair.latent is None:
-        return bare_chunk(m, pair)
-    return prior_chunk(m, pair) if prior_mode else posterior_chunk(m, pair)
+        return no_latent_chunk(special, pair)
+    return prior_chunk(special, pair) if prior_mode else posterior_chunk(special, pair)
 
 
-def document(m: Markers, pairs: Sequence[Pair], prior_modes: Sequence[bool]) -> list[int]:
-    """BOS, every chunk in its mode, EOS: the paper's layout."""
-    tokens = [m.bos]
+def format_document(
+    special: SpecialTokens, pairs: Sequence[LatentPair], prior_modes: Sequence[bool]
+) -> list[int]:
+    """BOS chunk … chunk EOS, each chunk in its own mode: the paper's layout."""
+    tokens = [special.bos]
     for pair, prior_mode in zip(pairs, prior_modes, strict=True):
-        tokens += chunk(m, pair, prior_mode)
-    return [*tokens, m.eos]
+        tokens += format_chunk(special, pair, prior_mode)
+    return [*tokens, special.eos]
 
 
-def raw(m: Markers, text: Ids) -> list[Ids]:
-    """BOS text EOS, the three to be joined: a text may be an array."""
-    return [[m.bos], text, [m.eos]]
+def format_raw(special: SpecialTokens, text: TokenIds) -> list[TokenIds]:
+    """BOS X EOS as three pieces to concatenate, so that a long array of ids is not copied twice."""
+    return [[special.bos], text, [special.eos]]
 
 
-def context(texts: Sequence[Ids], chunks: int, room: int) -> list[int]:
-    """Raw text of the last `chunks` texts; from the left, whole texts are dropped until what
-    is left has at most `room` tokens."""
-    kept = list(texts[max(0, len(texts) - chunks) :])
-    while kept and sum(map(len, kept)) > room:
-        kept.pop(0)
-    return [token for text in kept for token in text]
+def format_chunk_row(
+    special: SpecialTokens,
+    context: TokenIds,
+    pair: LatentPair,
+    prior_mode: bool,
+    is_last: bool,
+) -> list[int]:
+    """BOS C chunk [EOS]: a chunk behind its raw context, as in the E-step. EOS follows the last
+    chunk of a document (`is_last`)."""
+    end = [special.eos] if is_last else []
+    return [special.bos, *context, *format_chunk(special, pair, prior_mode), *end]
 
 
-def row(m: Markers, before: Ids, pair: Pair, prior_mode: bool, last: bool) -> list[int]:
-    """BOS, raw context, one chunk in its mode, and EOS after a document's last: as the E-step
-    sees it."""
-    return [m.bos, *before, *chunk(m, pair, prior_mode), *([m.eos] if last else [])]
+def select_context(texts: Sequence[TokenIds], context_chunks: int, token_budget: int) -> list[int]:
+    """The context C of a chunk: the concatenated last `context_chunks` of the texts before it.
+
+    While C is longer than `token_budget` tokens, its earliest chunk is dropped; a chunk is never
+    cut. C is empty where not even the nearest chunk fits.
+    """
+    selected = list(texts[max(0, len(texts) - context_chunks) :])
+    while selected and sum(map(len, selected)) > token_budget:
+        selected.pop(0)
+    return [token for text in selected for token in text]

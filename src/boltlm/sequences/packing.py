@@ -1,8 +1,12 @@
-"""Documents become one long stream of tokens, and the stream fixed-length training rows.
+"""Packing: documents become one stream of tokens, cut into training sequences of equal length.
 
-Order, coins and rows depend on (seed, epoch, document) alone; no token is dropped, none is
-padded but in the last row. Stream and orders are memory-mapped files: memory does not grow with
-the corpus, and the rows of any step are found from the seed and the step.
+A *segment* is what a format makes of one document, chunk or latent (docs/method.md, 3.2). Segments
+are shuffled and concatenated into the stream (3.3). No token is dropped, and only the end of the
+stream is padded. Orders and modes depend on (seed, epoch, document) alone. The stream and the
+orders are memory-mapped files: memory does not grow with the corpus, and the batch of any step
+is read directly.
+
+Shape suffixes: B sequences of a batch, L sequence length, T = L + 1.
 """
 
 import hashlib
@@ -15,255 +19,270 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-from boltlm import engine
 from boltlm.errors import UserError
 from boltlm.seeds import generator, uniform
 from boltlm.sequences import layouts
-from boltlm.sequences.layouts import Format, Ids, Layout
-from boltlm.sequences.store import PLACES, Store
-from boltlm.tokens import Markers
+from boltlm.sequences.layouts import Layout, SequenceFormat, TokenIds
+from boltlm.sequences.store import OFFSET_DTYPE, DocumentStore
+from boltlm.shard_store import atomic_write
+from boltlm.tokens import SpecialTokens
 
-IGNORED = -100
-PIECE = 1 << 20  # numbers written at once
-FACTS = "facts.json"  # written last: a folder without it is not finished
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceConfig:
-    """Params section `sequences`. Length in tokens."""
-
-    length: int
-    layout: Layout
-
-    def __post_init__(self) -> None:
-        if self.length < 2:
-            raise UserError(f"length must be 2 or more tokens, found {self.length}")
+IGNORE_INDEX = -100  # the label of positions without a loss, as in torch's cross-entropy
+WRITE_BLOCK = 1 << 20  # integers written to a file in one call
+STREAM_FILE = "stream"
+STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Writer:
-    """Writes documents as runs of tokens in one format. `room`: what the window leaves to a
-    context and its chunk together, in tokens, as in the E-step."""
+class SequenceFormatter:
+    """Writes documents as segments of one format (docs/method.md, 3.2).
 
-    markers: Markers
-    form: Format
+    `token_budget`: the maximum tokens of a chunk and its context together, as in the E-step.
+    """
+
+    special_tokens: SpecialTokens
+    sequence_format: SequenceFormat
     layout: Layout
     context_chunks: int
-    room: int
+    token_budget: int
     seed: int
 
-    def prior_modes(self, doc_id: str, chunks: int, epoch: int) -> list[bool]:
-        """A fair coin for each chunk, keyed to (seed, epoch, document, chunk)."""
-        return [self.prior_mode(doc_id, index, epoch) for index in range(chunks)]
+    def prior_modes(self, doc_id: str, num_chunks: int, epoch: int) -> list[bool]:
+        """The modes of a document's chunks in an epoch; True is the prior mode."""
+        return [self.prior_mode(doc_id, chunk, epoch) for chunk in range(num_chunks)]
 
-    def prior_mode(self, doc_id: str, index: int, epoch: int) -> bool:
-        return uniform(self.seed, "mode", epoch, doc_id, index) < 0.5
+    def prior_mode(self, doc_id: str, chunk: int, epoch: int) -> bool:
+        """A fair coin that depends on (seed, epoch, document, chunk)."""
+        return uniform(self.seed, "mode", epoch, doc_id, chunk) < 0.5
 
-    def runs(self, store: Store) -> int:
-        """How many runs an epoch has; run i stands for document i, for chunk i in the layout
-        `chunk`, and when mixed for chunk i or, beyond, for one of the latents."""
-        if self.form == "mixed":
-            return 2 * store.chunks
-        by_chunk = self.form == "latent" and self.layout == "chunk"
-        return store.chunks if by_chunk else len(store)
+    def num_segments(self, store: DocumentStore) -> int:
+        """How many segments an epoch has: one for each document, in the layout `chunk` one for
+        each chunk, in the format `mixed` one for each chunk and then one for each latent."""
+        if self.sequence_format == "mixed":
+            return 2 * store.num_chunks
+        by_chunk = self.sequence_format == "latent" and self.layout == "chunk"
+        return store.num_chunks if by_chunk else len(store)
 
-    def run(self, store: Store, index: int, epoch: int) -> list[Ids]:
-        """One run of an epoch, in pieces to be joined; none for a latent that is not there."""
-        m = self.markers
-        if self.form == "mixed":
-            if index < store.chunks:
-                return layouts.raw(m, store.text(index, index + 1))
-            latent = store.latent(index - store.chunks)
-            return layouts.raw(m, latent) if latent else []
-        if self.form == "latent" and self.layout == "chunk":
-            return [self._row(store, index, epoch)]
-        first, end = store.documents[index : index + 2]
-        if self.form in ("raw", "paraphrase"):
-            return layouts.raw(m, store.text(first, end))
-        modes = self.prior_modes(store.name(index), end - first, epoch)
-        return [layouts.document(m, [store.pair(chunk) for chunk in range(first, end)], modes)]
+    def segment(self, store: DocumentStore, index: int, epoch: int) -> list[TokenIds]:
+        """One segment of an epoch, in pieces to concatenate; none for a missing or empty latent."""
+        special = self.special_tokens
+        if self.sequence_format == "mixed":
+            if index < store.num_chunks:
+                return layouts.format_raw(special, store.text(index, index + 1))
+            latent = store.latent(index - store.num_chunks)
+            return layouts.format_raw(special, latent) if latent else []
+        if self.sequence_format == "latent" and self.layout == "chunk":
+            return [self._chunk_row(store, index, epoch)]
+        start, end = store.chunk_range(index)
+        if self.sequence_format in ("raw", "paraphrase"):
+            return layouts.format_raw(special, store.text(start, end))
+        modes = self.prior_modes(store.doc_id(index), end - start, epoch)
+        pairs = [store.pair(chunk) for chunk in range(start, end)]
+        return [layouts.format_document(special, pairs, modes)]
 
-    def _row(self, store: Store, chunk: int, epoch: int) -> list[int]:
+    def _chunk_row(self, store: DocumentStore, chunk: int, epoch: int) -> list[int]:
         document = store.document_of(chunk)
-        first, end = (int(place) for place in store.documents[document : document + 2])
+        start, end = store.chunk_range(document)
         pair = store.pair(chunk)
-        before = [
-            store.text(earlier, earlier + 1).tolist()
-            for earlier in range(max(first, chunk - self.context_chunks), chunk)
-        ]
-        context = layouts.context(before, self.context_chunks, self.room - len(pair.text))
-        prior_mode = self.prior_mode(store.name(document), chunk - first, epoch)
-        return layouts.row(self.markers, context, pair, prior_mode, chunk == end - 1)
+        earlier = range(max(start, chunk - self.context_chunks), chunk)
+        context = layouts.select_context(
+            [store.text(index, index + 1).tolist() for index in earlier],
+            self.context_chunks,
+            self.token_budget - len(pair.text),
+        )
+        prior_mode = self.prior_mode(store.doc_id(document), chunk - start, epoch)
+        return layouts.format_chunk_row(
+            self.special_tokens, context, pair, prior_mode, is_last=chunk == end - 1
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Stored documents, how they are written, and their share of the stream's tokens. `beside`:
-    what tells the order of a further source from the first's."""
+class SequenceSource:
+    """Stored documents, their format, and their fraction `weight` of the stream's tokens.
+    `shuffle_key` gives a further source of the same documents an order of its own."""
 
-    store: Store
-    writer: Writer
+    store: DocumentStore
+    formatter: SequenceFormatter
     weight: float = 1.0
-    beside: tuple[str, ...] = ()
+    shuffle_key: tuple[str, ...] = ()
 
-    def epoch(self, epoch: int, scratch: Path) -> Iterator[np.ndarray]:
-        """The runs of one epoch, int32, in its order, every one once."""
-        for index in _shuffled(
-            self.writer.runs(self.store),
-            generator(self.writer.seed, "epoch", epoch, *self.beside),
-            scratch,
-        ):
-            pieces = self.writer.run(self.store, int(index), epoch)
+    def segments(self, epoch: int, scratch: Path) -> Iterator[np.ndarray]:
+        """Every segment of one epoch once, shuffled, int32. `scratch`: for temporary files."""
+        random = generator(self.formatter.seed, "epoch", epoch, *self.shuffle_key)
+        for index in _permutation(self.formatter.num_segments(self.store), random, scratch):
+            pieces = self.formatter.segment(self.store, int(index), epoch)
             if pieces:
                 yield np.concatenate(pieces, dtype=np.int32, casting="same_kind")
 
-    def epochs(self, scratch: Path) -> Iterator[tuple[int, np.ndarray]]:
-        """Epoch and run, for ever."""
-        if not self.writer.runs(self.store):
-            raise UserError("the corpus has no documents; see params.yaml")
+    def endless_segments(self, scratch: Path) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, segment), epoch after epoch without end."""
+        if not self.formatter.num_segments(self.store):
+            raise UserError("the corpus has no documents; check `corpora` in params.yaml")
         epoch = 0
         while True:
-            for run in self.epoch(epoch, scratch):
-                yield epoch, run
+            for segment in self.segments(epoch, scratch):
+                yield epoch, segment
             epoch += 1
 
-    def tokens(self, epochs: int, scratch: Path) -> int:
-        """How many tokens so many epochs have."""
-        return sum(len(run) for epoch in range(epochs) for run in self.epoch(epoch, scratch))
+    def num_tokens(self, epochs: int, scratch: Path) -> int:
+        """How many tokens the first `epochs` epochs have."""
+        return sum(len(s) for epoch in range(epochs) for s in self.segments(epoch, scratch))
 
 
-def _shuffled(count: int, random: np.random.Generator, folder: Path) -> np.ndarray:
-    """0 … count − 1 in the order of `random.permutation`, in a file without a name, whose pages
-    the system may drop from memory."""
-    if not count:
-        return np.zeros(0, PLACES)
+def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.ndarray:
+    """The same as `random.permutation(size)`, int64, but in an unnamed memory-mapped file, whose
+    pages the operating system can evict from memory."""
+    if not size:
+        return np.zeros(0, OFFSET_DTYPE)
     with TemporaryFile(dir=folder) as file:
-        for start in range(0, count, PIECE):  # written, not mapped: a full disk is an error here
-            file.write(np.arange(start, min(start + PIECE, count), dtype=PLACES).tobytes())
+        # Written rather than mapped: a full disk is then an exception, not a bus error.
+        for start in range(0, size, WRITE_BLOCK):
+            block = np.arange(start, min(start + WRITE_BLOCK, size), dtype=OFFSET_DTYPE)
+            file.write(block.tobytes())
         file.flush()
-        order = np.asarray(np.memmap(file, PLACES, mode="r+"))
+        order = np.asarray(np.memmap(file, OFFSET_DTYPE, mode="r+"))
     random.shuffle(order)
     return order
 
 
 def interleave(
-    sources: Sequence[Source], scratch: Path, epochs: int | None
+    sources: Sequence[SequenceSource], scratch: Path, epochs: int | None
 ) -> Iterator[np.ndarray]:
-    """Runs of the sources, each time from the one that is furthest behind its weight; ends when
-    the first source has had so many epochs, or never."""
-    endless = [source.epochs(scratch) for source in sources]
-    written = [0.0] * len(sources)
+    """Segments of several sources, each from the source that lags furthest behind its weight.
+
+    Ends after `epochs` epochs of the first source, or never where that is None.
+    """
+    streams = [source.endless_segments(scratch) for source in sources]
+    num_written = [0.0] * len(sources)
     while True:
-        place = min(range(len(sources)), key=lambda i: written[i] / sources[i].weight)
-        epoch, run = next(endless[place])
-        if place == 0 and epoch == epochs:
+        chosen = min(range(len(sources)), key=lambda i: num_written[i] / sources[i].weight)
+        epoch, segment = next(streams[chosen])
+        if chosen == 0 and epoch == epochs:
             return
-        written[place] += len(run)
-        yield run
+        num_written[chosen] += len(segment)
+        yield segment
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The training rows of a stream that `pack` wrote, in their shuffled order."""
+class PackedDataset:
+    """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream's ids;
+    `digest`: a hash of them."""
 
     tokens: np.ndarray
-    length: int
+    sequence_length: int
     order: np.ndarray
     digest: str
 
     def __len__(self) -> int:
+        """The number of training sequences."""
         return len(self.order)
 
-    def batch(self, step: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs_BL, labels_BL), int64, of step `step` with `count` rows a step, fewer in the
-        last. Already shifted: labels[b, i] follows inputs[b, i]. Every token but the stream's
-        very first is predicted once; the stream's end is padded, inputs with 0, labels with
-        IGNORED."""
-        rows = self.order[step * count : (step + 1) * count]
-        both = np.full((len(rows), self.length + 1), IGNORED, dtype=np.int64)
-        for place, row in enumerate(rows):
-            found = self.tokens[row * self.length : (row + 1) * self.length + 1]
-            both[place, : len(found)] = found
-        inputs, labels = both[:, :-1], both[:, 1:]
-        return np.where(inputs == IGNORED, 0, inputs), labels
+    def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs_BL, labels_BL) of a step, int64. The last batch may be smaller.
 
-    def predicted(self, first_step: int, count: int) -> int:
-        """How many tokens are predicted from a step on."""
-        left = self.order[first_step * count :]
-        if not len(left):
+        Already shifted: labels_BL[b, i] is the token after inputs_BL[b, i]. Over all batches, every
+        token but the stream's first is a label once. The end of the stream is padded with 0 in the
+        inputs and IGNORE_INDEX in the labels.
+        """
+        indices = self.order[step * batch_size : (step + 1) * batch_size]
+        length = self.sequence_length
+        tokens_BT = np.full((len(indices), length + 1), IGNORE_INDEX, dtype=np.int64)
+        for row, index in enumerate(indices):
+            tokens = self.tokens[index * length : (index + 1) * length + 1]
+            tokens_BT[row, : len(tokens)] = tokens
+        inputs_BL, labels_BL = tokens_BT[:, :-1], tokens_BT[:, 1:]
+        return np.where(inputs_BL == IGNORE_INDEX, 0, inputs_BL), labels_BL
+
+    def num_target_tokens(self, first_step: int, batch_size: int) -> int:
+        """How many tokens the loss is taken on from a step to the end."""
+        indices = self.order[first_step * batch_size :]
+        if not len(indices):
             return 0
         last = len(self.order) - 1
-        short = len(self) * self.length - (len(self.tokens) - 1)
-        return len(left) * self.length - (short if (left == last).any() else 0)
+        padding = len(self) * self.sequence_length - (len(self.tokens) - 1)
+        return len(indices) * self.sequence_length - (padding if (indices == last).any() else 0)
 
 
-def pack(
-    sources: Callable[[Path], Sequence[Source]],
+def pack_sequences(
+    sources: Callable[[Path], Sequence[SequenceSource]],
     folder: Path,
     *,
-    length: int,
+    sequence_length: int,
     seed: int,
-    vocabulary: int,
+    vocab_size: int,
     epochs: int | None,
-    tokens: Callable[[Sequence[Source], Path], int] | int | None,
-) -> Rows:
-    """The rows of so many epochs of the first source, or of so many tokens; built in `folder`
-    where they are not there yet from the sources that the call stores there."""
+    tokens: Callable[[Sequence[SequenceSource], Path], int] | int | None,
+) -> PackedDataset:
+    """The training sequences of `epochs` epochs of the first source, or of `tokens` tokens.
+
+    The stream is written into `folder` unless it is complete there; only then are the sources
+    made, `sources(folder)`, and a number of tokens computed from them, `tokens(sources, folder)`.
+    Raises UserError unless exactly one of the two budgets is given, or where nothing is to predict.
+    """
     if (epochs is None) == (tokens is None):
-        raise UserError("a budget is either epochs or tokens")
-    if not _is_whole(folder):
+        raise UserError("a budget is either epochs or tokens, not both or neither")
+    if not _is_packed(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found = sources(folder)
-        most = tokens(found, folder) if callable(tokens) else tokens
-        _write(found, folder, epochs, most, np.dtype(np.uint16 if vocabulary <= 1 << 16 else "i4"))
-    return open_rows(folder, length, seed)
+        opened = sources(folder)
+        max_tokens = tokens(opened, folder) if callable(tokens) else tokens
+        dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else "i4")
+        _write_stream(opened, folder, epochs, max_tokens, dtype)
+    return open_packed(folder, sequence_length, seed)
 
 
-def _write(
-    sources: Sequence[Source], folder: Path, epochs: int | None, most: int | None, dtype: np.dtype
+def _write_stream(
+    sources: Sequence[SequenceSource],
+    folder: Path,
+    epochs: int | None,
+    max_tokens: int | None,
+    dtype: np.dtype,
 ) -> None:
-    """Write the stream, its digest and its facts."""
+    """Write the stream and then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
-    total = 0
-    with (folder / "stream").open("wb") as file:
-        for run in interleave(sources, folder, epochs):
-            left = run if most is None else run[: most - total]
-            data = left.astype(dtype).tobytes()
+    num_tokens = 0
+    with (folder / STREAM_FILE).open("wb") as file:
+        for segment in interleave(sources, folder, epochs):
+            ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
+            data = ids.astype(dtype).tobytes()
             file.write(data)
             digest.update(data)
-            total += len(left)
-            if total == most:
+            num_tokens += len(ids)
+            if num_tokens == max_tokens:
                 break
         file.flush()
         os.fsync(file.fileno())
-    facts = {"tokens": total, "dtype": dtype.str, "digest": digest.hexdigest()}
-    facts |= sources[0].store.facts()
-    with engine.whole(folder / FACTS) as part:
-        part.write_text(json.dumps(facts), encoding="utf-8")
+    stats = {"tokens": num_tokens, "dtype": dtype.str, "digest": digest.hexdigest()}
+    stats |= sources[0].store.counts()
+    with atomic_write(folder / STATS_FILE) as temporary:
+        temporary.write_text(json.dumps(stats), encoding="utf-8")
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a packed folder is finished, and its stream as long as it was then."""
-    if not (folder / FACTS).is_file():
+def _is_packed(folder: Path) -> bool:
+    """Whether a folder has its statistics and a stream of the size that they state."""
+    if not (folder / STATS_FILE).is_file():
         return False
-    known = facts(folder)
-    length = int(known["tokens"]) * np.dtype(str(known["dtype"])).itemsize
-    return (folder / "stream").stat().st_size == length
+    stats = packing_stats(folder)
+    num_bytes = int(stats["tokens"]) * np.dtype(str(stats["dtype"])).itemsize
+    return (folder / STREAM_FILE).stat().st_size == num_bytes
 
 
-def facts(folder: Path) -> dict[str, int | str]:
-    """What is known of a packed folder: its tokens, and the first source's counts."""
-    return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+def packing_stats(folder: Path) -> dict[str, int | str]:
+    """Tokens, dtype and digest of a packed stream, and the counts of its first source's store."""
+    return json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
 
 
-def open_rows(folder: Path, length: int, seed: int) -> Rows:
-    """The rows of a packed folder, in the order of (seed). Raises UserError where there is none."""
-    known = facts(folder)
-    if int(known["tokens"]) < 2:
+def open_packed(folder: Path, sequence_length: int, seed: int) -> PackedDataset:
+    """The training sequences of a packed folder in the order of the seed.
+
+    Raises UserError where the stream has no token to predict.
+    """
+    stats = packing_stats(folder)
+    if int(stats["tokens"]) < 2:
         raise UserError(
-            "the budget leaves no token to predict; see params.yaml, models.<name>.budget"
+            f"a budget of {stats['tokens']} tokens leaves no token to predict; increase"
+            " models.<name>.budget in params.yaml"
         )
-    stream = np.asarray(np.memmap(folder / "stream", np.dtype(str(known["dtype"])), mode="r"))
-    count = -(-(len(stream) - 1) // length)
-    order = _shuffled(count, generator(seed, "rows"), folder)
-    return Rows(stream, length, order, str(known["digest"]))
+    stream = np.asarray(np.memmap(folder / STREAM_FILE, np.dtype(str(stats["dtype"])), mode="r"))
+    num_sequences = -(-(len(stream) - 1) // sequence_length)
+    order = _permutation(num_sequences, generator(seed, "rows"), folder)
+    return PackedDataset(stream, sequence_length, order, str(stats["digest"]))

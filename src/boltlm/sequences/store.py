@@ -1,7 +1,7 @@
 """Documents with their latents as flat files of token ids, opened memory-mapped.
 
-Written once, document by document; read at random while the training stream is made. Memory does
-not grow with the corpus.
+A store is written once, document by document, and read at random while the training stream is
+packed. Its memory use does not grow with the corpus.
 """
 
 import itertools
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -23,182 +22,217 @@ from boltlm.records import (
     TokenTable,
     read_shard,
     read_tokens,
-    shards,
+    shard_paths,
 )
-from boltlm.sequences.layouts import Ids, Pair
+from boltlm.sequences.layouts import LatentPair, TokenIds
 from boltlm.tokens import TextCoder
 
-BATCH_TEXTS = 1000  # encoded at once
-IDS = np.dtype(np.int32)
-PLACES = np.dtype(np.int64)
+BATCH_TEXTS = 1000  # texts encoded in one call of the tokenizer
+TOKEN_DTYPE = np.dtype(np.int32)
+OFFSET_DTYPE = np.dtype(np.int64)
+_FILES = {
+    "text_tokens": TOKEN_DTYPE,
+    "text_offsets": OFFSET_DTYPE,
+    "latent_tokens": TOKEN_DTYPE,
+    "latent_offsets": OFFSET_DTYPE,
+    "missing_latent": np.dtype(np.bool_),
+    "document_offsets": OFFSET_DTYPE,
+    "doc_ids": np.dtype(np.uint8),
+    "doc_id_offsets": OFFSET_DTYPE,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A document's id and its chunks with their latents."""
+class TokenizedDocument:
+    """The id of a document and its chunks, in reading order, with their latents."""
 
     doc_id: str
-    pairs: Sequence[Pair]
+    pairs: Sequence[LatentPair]
 
 
-def texts(chunks: Path, data: Path | None) -> Iterator[Text]:
-    """The documents of a corpus, each chunk with its latent where it has one: the selected sample
-    of `data/latents/…`, or what the teacher wrote in `data/teacher/…`. A shard in memory at a time.
+def read_tokenized(chunks: Path, data: Path | None) -> Iterator[TokenizedDocument]:
+    """The documents of a corpus, each chunk with its latent where it has one.
 
-    Raises UserError when `data` is another kind of table, lacks a shard of the corpus, or none of
-    a shard's latents belongs to it.
+    Latents are the selected samples of `data/latents/<name>` or the latents that a teacher wrote
+    into `data/teacher/<name>`; no chunk has one where `data` is None. One shard is in memory at a
+    time. Raises UserError where `data` is another kind of table, lacks a shard of the corpus, or
+    where no latent of a shard belongs to the corpus.
     """
-    for path in shards(chunks):
+    for path in shard_paths(chunks):
         table = read_tokens(path, Chunk)
-        latents = _latents(data, path.name) if data is not None else None
-        known = _places(latents) if latents is not None else {}
-        matched = 0
+        latents = _read_latents(data, path.name) if data is not None else None
+        latent_rows = _rows_by_chunk(latents) if latents is not None else {}
+        num_matched = 0
         rows = zip(table.doc_ids, table.chunks, range(len(table.doc_ids)), strict=True)
         for doc_id, group in itertools.groupby(rows, lambda row: row[0]):
-            pairs: list[Pair] = []
+            pairs: list[LatentPair] = []
             for _, chunk, row in group:
-                place = known.get((doc_id, chunk))
-                matched += place is not None
-                latent = None if place is None or latents is None else latents.ids(place)
-                pairs.append(Pair(table.ids(row), latent))
-            yield Text(doc_id, pairs)
-        if known and not matched:
+                latent = None
+                if latents is not None and (doc_id, chunk) in latent_rows:
+                    latent = latents.ids(latent_rows[doc_id, chunk])
+                    num_matched += 1
+                pairs.append(LatentPair(table.ids(row), latent))
+            yield TokenizedDocument(doc_id, pairs)
+        if latent_rows and not num_matched:
             raise UserError(
-                f"{path}: no latent of {data} belongs to a chunk of this corpus; see params.yaml"
+                f"{path}: no latent of {data} belongs to a chunk of this corpus; check `corpus`"
+                " and `data` of the model in params.yaml"
             )
 
 
-def _latents(data: Path, shard: str) -> TokenTable:
+def _read_latents(data: Path, shard: str) -> TokenTable:
+    """The token ids of the latents in one shard of `data`, selected samples or a teacher's."""
     path = data / shard
     if data.parent.name not in ("teacher", "latents"):
-        raise UserError(f"{data}: latents come from data/latents/… or data/teacher/…")
+        raise UserError(f"{data}: latents are read from data/latents/<name> or data/teacher/<name>")
     if not path.is_file():
-        raise UserError(f"{path}: no such file, but the corpus has this shard; see params.yaml")
+        raise UserError(
+            f"{path}: no such file, but the corpus has this shard; check `corpus` and `data` of the"
+            " model in params.yaml"
+        )
     if data.parent.name == "teacher":
         return read_tokens(path, TeacherLatent)
     return read_tokens(path, Sample, only="selected")
 
 
-def _places(table: TokenTable) -> dict[tuple[str, int], int]:
-    """The rows that have ids, by document and chunk."""
+def _rows_by_chunk(table: TokenTable) -> dict[tuple[str, int], int]:
+    """The rows whose ids are not null, by document and chunk."""
     keys = zip(table.doc_ids, table.chunks, strict=True)
     return {key: row for row, key in enumerate(keys) if table.valid[row]}
 
 
-def paraphrases(data: Path, coder: TextCoder) -> Iterator[Text]:
-    """What a teacher made of the documents, each paraphrase a document of its own; those that
-    have a reason instead of a text are left out.
+def read_paraphrases(data: Path, coder: TextCoder) -> Iterator[TokenizedDocument]:
+    """The paraphrases of a teacher, each as a document of its own with the id `<document>#<index>`.
 
-    Raises UserError when there is none.
+    Rows that hold a reason instead of a text are skipped; the teacher stage counts them in its
+    metrics. Raises UserError where no row has a text.
     """
-    found = 0
-    for path in shards(data):
-        told = [
-            (f"{row.doc_id}#{row.paraphrase}", row.text) for row in read_shard(path, Paraphrase)
+    num_texts = 0
+    for path in shard_paths(data):
+        paraphrases = [
+            (f"{row.doc_id}#{row.paraphrase}", row.text)
+            for row in read_shard(path, Paraphrase)
+            if row.text
         ]
-        kept = [(name, text) for name, text in told if text]
-        found += len(kept)
-        yield from encoded(kept, coder)
-    if not found:
-        raise UserError(f"{data}: no paraphrase has a text")
+        num_texts += len(paraphrases)
+        yield from tokenize_texts(paraphrases, coder)
+    if not num_texts:
+        raise UserError(f"{data}: no paraphrase has a text, so there is nothing to train on")
 
 
-def encoded(named: Iterable[tuple[str, str]], coder: TextCoder) -> Iterator[Text]:
-    """Whole texts as documents of one chunk without a latent."""
-    left = iter(named)
-    while batch := list(itertools.islice(left, BATCH_TEXTS)):
-        ids = coder.encode_batch([text for _, text in batch])
-        for (name, _), found in zip(batch, ids, strict=True):
-            yield Text(name, (Pair(found, None),))
+def tokenize_texts(
+    texts: Iterable[tuple[str, str]], coder: TextCoder
+) -> Iterator[TokenizedDocument]:
+    """Texts, given as (document id, text), as documents of one chunk without a latent."""
+    remaining = iter(texts)
+    while batch := list(itertools.islice(remaining, BATCH_TEXTS)):
+        encoded = coder.encode_batch([text for _, text in batch])
+        for (doc_id, _), ids in zip(batch, encoded, strict=True):
+            yield TokenizedDocument(doc_id, (LatentPair(ids, None),))
 
 
-class Store:
-    """The documents of a folder that `write` made. Places: document d has the chunks
-    `documents[d]` to `documents[d + 1]`; chunk c the ids `texts[c]` to `texts[c + 1]` of the text
-    file, `latents[c]` to `latents[c + 1]` of the latents', none where `bare[c]`."""
+class DocumentStore:
+    """The documents of a folder that `write_documents` wrote; chunks are numbered over all of them.
+
+    Document d has the chunks `document_offsets[d]` to `document_offsets[d + 1]`. Chunk c has the
+    token ids `text_tokens[text_offsets[c] : text_offsets[c + 1]]`, and so for its latent, except
+    that a chunk with `missing_latent[c]` has no latent (an empty latent is something else).
+    """
 
     def __init__(self, folder: Path) -> None:
-        def flat(name: str, dtype: np.dtype) -> np.ndarray:
-            path = folder / name
-            empty = path.stat().st_size == 0
-            return np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, mode="r"))
-
-        self.text_ids, self.latent_ids = flat("text", IDS), flat("latent", IDS)
-        self.texts, self.latents = flat("texts", PLACES), flat("latents", PLACES)
-        self.documents, self.bare = flat("documents", PLACES), flat("bare", np.dtype(np.bool_))
-        self.names, self.name_ends = flat("names", np.dtype(np.uint8)), flat("name_ends", PLACES)
+        arrays = {name: _open_array(folder / name, dtype) for name, dtype in _FILES.items()}
+        self.text_tokens = arrays["text_tokens"]
+        self.text_offsets = arrays["text_offsets"]
+        self.latent_tokens = arrays["latent_tokens"]
+        self.latent_offsets = arrays["latent_offsets"]
+        self.missing_latent = arrays["missing_latent"]
+        self.document_offsets = arrays["document_offsets"]
+        self._doc_ids = arrays["doc_ids"]
+        self._doc_id_offsets = arrays["doc_id_offsets"]
 
     def __len__(self) -> int:
-        return len(self.documents) - 1
+        """The number of documents."""
+        return len(self.document_offsets) - 1
 
     @property
-    def chunks(self) -> int:
-        return len(self.bare)
+    def num_chunks(self) -> int:
+        """The number of chunks of all documents."""
+        return len(self.missing_latent)
 
     def document_of(self, chunk: int) -> int:
-        return int(np.searchsorted(self.documents, chunk, side="right")) - 1
+        """The document to which a chunk belongs."""
+        return int(np.searchsorted(self.document_offsets, chunk, side="right")) - 1
 
-    def name(self, document: int) -> str:
-        start, end = self.name_ends[document : document + 2]
-        return self.names[start:end].tobytes().decode()
+    def chunk_range(self, document: int) -> tuple[int, int]:
+        """The first chunk of a document and the one after its last."""
+        start, end = self.document_offsets[document : document + 2]
+        return int(start), int(end)
 
-    def text(self, first: int, end: int) -> np.ndarray:
-        """The ids of neighbouring chunks, joined."""
-        return self.text_ids[self.texts[first] : self.texts[end]]
+    def doc_id(self, document: int) -> str:
+        """The id that a document has in its corpus."""
+        start, end = self._doc_id_offsets[document : document + 2]
+        return self._doc_ids[start:end].tobytes().decode()
+
+    def text(self, start: int, end: int) -> np.ndarray:
+        """The token ids of the chunks `start` to `end − 1`, concatenated, int32."""
+        return self.text_tokens[self.text_offsets[start] : self.text_offsets[end]]
 
     def latent(self, chunk: int) -> list[int] | None:
-        if self.bare[chunk]:
+        """The token ids of a chunk's latent, or None where it has none."""
+        if self.missing_latent[chunk]:
             return None
-        start, end = self.latents[chunk : chunk + 2]
-        return self.latent_ids[start:end].tolist()
+        start, end = self.latent_offsets[chunk : chunk + 2]
+        return self.latent_tokens[start:end].tolist()
 
-    def pair(self, chunk: int) -> Pair:
-        return Pair(self.text(chunk, chunk + 1).tolist(), self.latent(chunk))
+    def pair(self, chunk: int) -> LatentPair:
+        """A chunk's text and latent."""
+        return LatentPair(self.text(chunk, chunk + 1).tolist(), self.latent(chunk))
 
-    def facts(self) -> dict[str, int]:
-        """Counts of what is stored."""
+    def counts(self) -> dict[str, int]:
+        """How many documents, chunks, chunks without a latent, and tokens are stored."""
         return {
             "documents": len(self),
-            "chunks": self.chunks,
-            "chunks_without_latent": int(self.bare.sum()),
-            "raw_tokens": len(self.text_ids),
-            "latent_tokens": len(self.latent_ids),
+            "chunks": self.num_chunks,
+            "chunks_without_latent": int(self.missing_latent.sum()),
+            "raw_tokens": len(self.text_tokens),
+            "latent_tokens": len(self.latent_tokens),
         }
 
 
-def write(folder: Path, documents: Iterable[Text]) -> Store:
-    """Store documents in a folder, in their order."""
+def write_documents(folder: Path, documents: Iterable[TokenizedDocument]) -> DocumentStore:
+    """Write documents in their order into a folder, and open it."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends = Counter[str]()
+    totals = Counter[str]()
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in _FILES}
 
-        def put(name: str, data: bytes) -> None:
-            files[name].write(data)
+        def append_offset(name: str, count: int) -> None:
+            totals[name] += count
+            files[name].write(totals[name].to_bytes(8, "little"))
 
-        def end(name: str, more: int) -> None:
-            ends[name] += more
-            put(name, ends[name].to_bytes(8, "little"))
-
-        for name in ("text", "latent", "texts", "latents", "documents", "bare", "names"):
-            files[name] = stack.enter_context((folder / name).open("wb"))
-        files["name_ends"] = stack.enter_context((folder / "name_ends").open("wb"))
-        for name in ("texts", "latents", "documents", "name_ends"):
-            end(name, 0)
+        for name in ("text_offsets", "latent_offsets", "document_offsets", "doc_id_offsets"):
+            append_offset(name, 0)
         for document in documents:
             for pair in document.pairs:
-                put("text", _bytes(pair.text))
-                end("texts", len(pair.text))
-                latent: Ids = () if pair.latent is None else pair.latent
-                put("latent", _bytes(latent))
-                end("latents", len(latent))
-                put("bare", bytes([pair.latent is None]))
-            end("documents", len(document.pairs))
-            name = document.doc_id.encode()
-            put("names", name)
-            end("name_ends", len(name))
-    return Store(folder)
+                files["text_tokens"].write(_token_bytes(pair.text))
+                append_offset("text_offsets", len(pair.text))
+                latent: TokenIds = () if pair.latent is None else pair.latent
+                files["latent_tokens"].write(_token_bytes(latent))
+                append_offset("latent_offsets", len(latent))
+                files["missing_latent"].write(bytes([pair.latent is None]))
+            append_offset("document_offsets", len(document.pairs))
+            doc_id = document.doc_id.encode()
+            files["doc_ids"].write(doc_id)
+            append_offset("doc_id_offsets", len(doc_id))
+    return DocumentStore(folder)
 
 
-def _bytes(ids: Ids) -> bytes:
-    return np.asarray(ids, dtype=IDS).tobytes()
+def _open_array(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as a read-only memory-mapped array; an empty file cannot be mapped."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+def _token_bytes(ids: TokenIds) -> bytes:
+    return np.asarray(ids, dtype=TOKEN_DTYPE).tobytes()

@@ -1,1 +1,1 @@
-"""lm-eval's tasks of this project; `lm_eval --include_path` takes this folder too."""
+"""This project's tasks for lm-eval; `lm_eval --include_path` accepts this folder, too."""

@@ -1,4 +1,4 @@
-"""What lm-eval calls for the tasks of this folder: their questions as prompts, and the verdicts."""
+"""Functions that lm-eval calls for the tasks of this folder: questions as prompts, and verdicts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,101 +7,119 @@ from typing import Any
 from datasets import Dataset
 
 from boltlm.corpus import benchmarks
-from boltlm.evaluation import prompts
+from boltlm.evaluation import fewshot
 from boltlm.evaluation.grading import Verdict, grade
-from boltlm.records import Question, read
-from boltlm.tokens import EOL, SOL, TextCoder
+from boltlm.evaluation.task_spec import PromptSet, TaskName, ThoughtSpace
+from boltlm.records import Question, read_table
+from boltlm.tokens import EOL, TextCoder
 
 
-def docs(
+def load_docs(
     *,
-    task: str,
-    prompts: str,
-    space: str,
-    where: str,
+    task: TaskName,
+    prompts: PromptSet,
+    space: ThoughtSpace,
+    data_path: str,
     split: str = "test",
-    model: str | None = None,
-    answer_tokens: int = 256,
+    model_folder: str | None = None,
+    max_answer_tokens: int = 256,
     samples: int = 1,
-    bare: bool = False,
+    no_latent: bool = False,
     zero_shot: bool = False,
     limit: int | None = None,
     **_: Any,
 ) -> dict[str, Dataset]:
-    """The questions of `where`, each `samples` times. With `model`, a folder with its tokenizer,
-    prompts lose the shots for which its window has no room beside `answer_tokens`."""
-    coder = TextCoder(Path(model)) if model else None
-    found = list(_asked(task, where, split))[:limit]
-    spec = task, None if zero_shot else prompts, space
-    rows = [
-        {**row, "sample": sample}
-        for row in (_row(one, spec, coder, answer_tokens, bare) for one in found)
-        for sample in range(samples)
-    ]
+    """The first `limit` questions in `data_path`, each `samples` times, as lm-eval's documents.
+
+    With `model_folder`, whose tokenizer and context window then count, prompts lose the examples
+    that do not fit beside an answer of `max_answer_tokens` tokens. `no_latent` is described at
+    `render_prompt`; `zero_shot` leaves out description and examples.
+    """
+    coder = TextCoder(Path(model_folder)) if model_folder else None
+    rows: list[dict[str, Any]] = []
+    for item in list(_read_items(task, data_path, split))[:limit]:
+        row = _row(
+            item,
+            task,
+            None if zero_shot else prompts,
+            space,
+            coder=coder,
+            max_answer_tokens=max_answer_tokens,
+            no_latent=no_latent,
+        )
+        rows += [{**row, "sample": sample} for sample in range(samples)]
     return {"test": Dataset.from_list(rows)}
 
 
-def _asked(task: str, where: str, split: str) -> Iterator[benchmarks.Item]:
+def _read_items(task: TaskName, data_path: str, split: str) -> Iterator[benchmarks.BenchmarkItem]:
     if task != "questions":
-        yield from benchmarks.items(task, where, split)
+        yield from benchmarks.read_benchmark(task, data_path, split)
         return
-    for one in read(Path(where), Question):
-        yield benchmarks.Item(
-            item_id=one.question_id,
+    for question in read_table(Path(data_path), Question):
+        yield benchmarks.BenchmarkItem(
+            item_id=question.question_id,
             subject="",
-            question=one.prompt,
+            question=question.prompt,
             choices=(),
-            solution=one.answer,
+            solution=question.answer,
         )
 
 
 def _row(
-    item: benchmarks.Item,
-    spec: tuple[Any, Any, Any],
+    item: benchmarks.BenchmarkItem,
+    task: TaskName,
+    prompts: PromptSet | None,
+    space: ThoughtSpace,
+    *,
     coder: TextCoder | None,
-    answer_tokens: int,
-    bare: bool,
+    max_answer_tokens: int,
+    no_latent: bool,
 ) -> dict[str, Any]:
-    task, name, space = spec
-    form = prompts.FORMS[task]
-    description, shots = prompts.shots(task, name, item.subject) if name else ("", ())
+    """One question with its prompt; zero-shot without a prompt set."""
+    form = fewshot.PROMPT_FORMS[task]
+    description, examples = (
+        fewshot.fewshot_examples(task, prompts, item.subject) if prompts else ("", ())
+    )
     question = item.question.strip() if task == "mmlu_stem" else item.question
     if item.choices:
-        letters = zip("ABCD", item.choices, strict=True)
-        question += "\n" + " ".join(f"({letter}) {choice}" for letter, choice in letters)
-    pair = f"{SOL}{EOL}" if bare else ""
+        choices = zip("ABCD", item.choices, strict=True)
+        question += "\n" + " ".join(f"({letter}) {choice}" for letter, choice in choices)
+    arguments = form, description, examples, question, space, no_latent
     if coder is None:
-        text, kept = prompts.render(form, description, shots, question, space, pair), len(shots)
+        prompt, num_shots = fewshot.render_prompt(*arguments), len(examples)
     else:
-        room = coder.window - answer_tokens
-        text, kept = prompts.fitting(coder, room, form, description, shots, question, space, pair)
+        token_budget = coder.context_length - max_answer_tokens
+        prompt, num_shots = fewshot.fit_prompt(coder, token_budget, *arguments)
     return {
         "id": item.item_id,
         "subject": item.subject,
         "gold": item.solution,
-        "prompt": text,
-        "shots": kept,
-        "lost_shots": len(shots) - max(kept, 0),
+        "prompt": prompt,
+        "shots": num_shots,
+        "lost_shots": len(examples) - max(num_shots, 0),
         "task": task,
         "space": space,
     }
 
 
-def parts(completion: str, space: str) -> tuple[str | None, str | None]:
-    """The thought and the answer in what a model wrote; in raw space the answer is all of it. A
-    latent that does not end has no answer."""
+def split_completion(completion: str, space: ThoughtSpace) -> tuple[str | None, str | None]:
+    """The thought and the answer in a completion.
+
+    In raw space the whole completion is the answer. In latent space the answer follows the first
+    EoL; without EoL there is none.
+    """
     if space == "raw":
         return None, completion
-    thought, mark, answer = completion.partition(EOL)
-    return thought, answer if mark else None
+    thought, eol, answer = completion.partition(EOL)
+    return thought, answer if eol else None
 
 
-def verdicts(doc: Mapping[str, Any], completion: str) -> dict[str, Verdict]:
-    """What each grader of the task says."""
-    return grade(doc["task"], parts(completion, doc["space"])[1], doc["gold"])
+def grade_completion(doc: Mapping[str, Any], completion: str) -> dict[str, Verdict]:
+    """The verdict of each of the task's graders, by name."""
+    return grade(doc["task"], split_completion(completion, doc["space"])[1], doc["gold"])
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """As lm-eval wants it: 1 or 0 for each grader."""
-    found = verdicts(doc, results[0])
-    return {name: float(verdict.correct) for name, verdict in found.items()}
+    """The verdicts in the form that lm-eval expects: 1 or 0 for each grader."""
+    verdicts = grade_completion(doc, results[0])
+    return {grader: float(verdict.correct) for grader, verdict in verdicts.items()}

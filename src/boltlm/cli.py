@@ -1,0 +1,160 @@
+"""The command `boltlm`: analyses of a finished experiment.
+
+Each sub-command is a function of the parsed arguments. It imports what it needs when it runs, so
+that `boltlm --help` is quick.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from boltlm.errors import UserError, run_main
+from boltlm.params import PositiveInt, load_settings
+
+COMPARE_EXAMPLE = """\
+example:
+  boltlm compare data/evaluate/em3 data/evaluate/em1 --chunks data/chunks/heldout
+
+Both models were measured on the same documents and questions, so what makes some of them hard for
+any model cancels, and the errors are smaller than those of the two models' own numbers. Give the
+same folder twice to compare the verdicts of a task's graders."""
+
+SEEDS_EXAMPLE = """\
+example:
+  dvc exp run --queue -S seed=1,2,3
+  dvc exp run --queue -S seed=1,2,3 -S k_samples=1,8 evaluate@em1
+  dvc queue start
+  boltlm seeds --out metrics/seeds.csv --differences em1-warmstart em2-em1
+
+An experiment is identified by its own params.yaml, not by its name."""
+
+VERIFY_EXAMPLE = """\
+example:
+  boltlm verify-weights --model models/em1 --chunks data/chunks/em --limit 50
+
+Draws latents for the first chunks of a corpus, as the section `sampling` says, recomputes their log
+q and log w in float64, and prints the differences as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KSamplesSettings:
+    """The number of draws in the E-step, K."""
+
+    k_samples: PositiveInt
+
+
+def main() -> None:
+    """Entry point of the command."""
+    run_main(lambda: run_command(None))
+
+
+def run_command(arguments: Sequence[str] | None) -> None:
+    """Parse `arguments` (by default those of the process) and run the sub-command."""
+    parser = argparse.ArgumentParser(prog="boltlm", description="Analyse a finished experiment.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    _add_seeds(commands)
+    _add_verify_weights(commands)
+    args = parser.parse_args(arguments)
+    args.run(args)
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    example: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    """A sub-command whose help ends with an example."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[:1].upper()}{summary[1:]}.",
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "paired differences of two models on the same documents and questions"
+    parser = _add(commands, "compare", summary, COMPARE_EXAMPLE, _compare)
+    parser.add_argument("one", type=Path, help="data/evaluate/<model>")
+    parser.add_argument("other", type=Path, help="data/evaluate/<another model>")
+    parser.add_argument("--chunks", type=Path, help="data/chunks/<held-out corpus>")
+    parser.add_argument(
+        "--disagreements",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N answers of which only one is correct",
+    )
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from boltlm.evaluation import compare
+
+    if args.one != args.other:
+        if args.chunks is None:
+            raise UserError("--chunks is missing: give data/chunks/<held-out corpus>")
+        differences = compare.paired_differences(args.one, args.other, args.chunks)
+        print(compare.format_comparison(args.one, args.other, differences))
+    if args.disagreements or args.one == args.other:
+        pairs = compare.disagreements(args.one, args.other)
+        print(compare.format_disagreements(args.one, args.other, pairs, args.disagreements))
+
+
+def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "aggregate finished DVC experiments over seeds: mean ± standard error"
+    parser = _add(commands, "seeds", summary, SEEDS_EXAMPLE, _seeds)
+    parser.add_argument("--out", type=Path, required=True, help="CSV with one row a seed and model")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument(
+        "--of-other-k",
+        nargs="*",
+        default=["em1"],
+        metavar="MODEL",
+        help="models to report of experiments whose k_samples differs from that of --params",
+    )
+    parser.add_argument(
+        "--differences",
+        nargs="*",
+        default=[],
+        metavar="MODEL-MODEL",
+        help="pairs whose bounds are compared seed by seed, such as em1-warmstart",
+    )
+
+
+def _seeds(args: argparse.Namespace) -> None:
+    from boltlm.reporting import seed_aggregation
+
+    k_samples = load_settings(KSamplesSettings, args.params).k_samples
+    rows = seed_aggregation.collect_seeds(k_samples, args.of_other_k)
+    seed_aggregation.write_seed_csv(args.out, rows)
+    print(seed_aggregation.seed_table(rows))
+    if args.differences:
+        print()
+        print(seed_aggregation.paired_table(rows, k_samples, args.differences))
+
+
+def _add_verify_weights(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "compare importance weights with a recomputation in float64"
+    parser = _add(commands, "verify-weights", summary, VERIFY_EXAMPLE, _verify_weights)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--model", type=Path, required=True, help="models/<name>")
+    parser.add_argument("--chunks", type=Path, required=True, help="data/chunks/<corpus>")
+    parser.add_argument("--limit", type=int, default=50, help="number of chunks (default: 50)")
+
+
+def _verify_weights(args: argparse.Namespace) -> None:
+    from boltlm.estep.config import DrawSettings
+    from boltlm.estep.verify_weights import verify_weights
+
+    settings = load_settings(DrawSettings, args.params)
+    k_samples = load_settings(KSamplesSettings, args.params).k_samples
+    errors = verify_weights(settings, k_samples, args.model, args.chunks, args.limit)
+    print(json.dumps(errors))

@@ -1,0 +1,71 @@
+"""Rows of JSONL files, Parquet files and data sets of the Hugging Face hub, as dictionaries."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow import ArrowInvalid
+
+from boltlm.errors import UserError
+
+
+def read_rows(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file: Parquet if its name ends in `.parquet`, otherwise JSONL.
+
+    Raises UserError naming the file where it cannot be read.
+    """
+    return read_parquet(path) if path.endswith(".parquet") else read_jsonl(path)
+
+
+def read_jsonl(path: str) -> Iterator[dict[str, Any]]:
+    """The objects of a UTF-8 JSONL file, gzip-compressed if its name ends in `.gz`; blank lines
+    are skipped.
+
+    Raises UserError naming the file, and the line where it is one line that is wrong.
+    """
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: expected one JSON object on each line")
+                yield row
+    except (gzip.BadGzipFile, zlib.error, UnicodeDecodeError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 JSONL: {error}") from error
+
+
+def read_parquet(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, one batch in memory at a time.
+
+    Raises UserError naming the file where it is not Parquet.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def stream_hub(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of one split of a Hugging Face data set, downloaded as they are read.
+
+    Raises UserError naming the data set where it cannot be opened.
+    """
+    import datasets  # slow to import, and only data of the hub need it
+
+    try:
+        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+            yield dict(row)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Hugging Face data set '{name}' ({split}): {reason}") from error

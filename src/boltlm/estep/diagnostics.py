@@ -1,0 +1,129 @@
+"""Diagnostics of importance weights over a corpus (docs/method.md, section 4.3).
+
+Shapes: K samples of a chunk.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from boltlm.estep.importance import effective_sample_size, normalized_weights
+from boltlm.records import Sample
+
+HISTOGRAM_BIN = 0.5  # bin width of the histogram of log w, nats
+ESS_RESOLUTION = 0.01  # effective sample sizes are rounded to this before quantiles are taken
+INVALID_REASONS = ("length", "eos", "special")
+
+
+class WeightDiagnostics:
+    """Accumulates statistics over the K samples of many chunks in constant memory."""
+
+    def __init__(
+        self,
+        groups: Iterable[Sequence[Sample]] = (),
+        reference: Mapping[tuple[str, int], str] | None = None,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.sums: dict[str, float] = defaultdict(float)
+        # Chunks by effective sample size in units of ESS_RESOLUTION, and samples by log w in units
+        # of HISTOGRAM_BIN.
+        self.ess_counts: Counter[int] = Counter()
+        self.bin_counts: Counter[int] = Counter()
+        self.add(groups, reference or {})
+
+    def add(
+        self, groups: Iterable[Sequence[Sample]], reference: Mapping[tuple[str, int], str]
+    ) -> None:
+        """Add chunks, each with its K samples. `reference`: the latents that the data set itself
+        provides, by (doc_id, chunk)."""
+        counts = self.counts
+        for group in groups:
+            counts["chunks"] += 1
+            self._add_weights(np.array([sample.log_weight for sample in group]))
+            reference_latent = reference.get((group[0].doc_id, group[0].chunk))
+            for sample in group:
+                counts["samples"] += 1
+                counts[sample.finish] += 1
+                counts["valid_tokens"] += len(sample.tokens) if sample.finish == "stop" else 0
+                counts["selected_tokens"] += len(sample.tokens) if sample.selected else 0
+                if reference_latent is not None:
+                    is_match = sample.latent == reference_latent
+                    counts["referenced"] += 1
+                    counts["match"] += is_match
+                    counts["selected_referenced"] += sample.selected
+                    counts["selected_match"] += sample.selected and is_match
+
+    def _add_weights(self, log_w_K: np.ndarray) -> None:
+        finite = log_w_K[np.isfinite(log_w_K)]
+        if not len(finite):
+            return
+        weights_K = normalized_weights(log_w_K)
+        ess = effective_sample_size(weights_K)
+        self.counts["weighted_chunks"] += 1
+        self.ess_counts[round(ess / ESS_RESOLUTION)] += 1
+        self.bin_counts.update(np.floor(finite / HISTOGRAM_BIN).astype(int).tolist())
+        self.sums["ess"] += ess
+        self.sums["max_weight"] += weights_K.max()
+        self.sums["log_weight_std"] += finite.std()
+
+    def diagnostics(self) -> dict[str, float]:
+        """The diagnostics of docs/method.md, section 4.3, over all chunks that were added.
+
+        Effective sample size (eq. (5); mean and quantiles), largest normalized weight and standard
+        deviation of log w within a chunk (nats) are averages over chunks with at least one valid
+        draw; `chunks_without_latent` counts the others. `invalid_*` counts draws that did not end
+        with EoL, by reason; lengths are in tokens.
+        """
+        counts, weighted_chunks = self.counts, self.counts["weighted_chunks"]
+        return {
+            "chunks": counts["chunks"],
+            "samples": counts["samples"],
+            "chunks_without_latent": counts["chunks"] - weighted_chunks,
+            "ess_mean": _ratio(self.sums["ess"], weighted_chunks),
+            "ess_p10": self._ess_quantile(0.1),
+            "ess_p50": self._ess_quantile(0.5),
+            "max_weight_mean": _ratio(self.sums["max_weight"], weighted_chunks),
+            "log_weight_std_mean": _ratio(self.sums["log_weight_std"], weighted_chunks),
+            "invalid_fraction": 1 - counts["stop"] / max(counts["samples"], 1),
+            **{f"invalid_{reason}": counts[reason] for reason in INVALID_REASONS},
+            "latent_tokens_mean": _ratio(counts["valid_tokens"], counts["stop"]),
+            "selected_latent_tokens": counts["selected_tokens"],
+        }
+
+    def _ess_quantile(self, fraction: float) -> float:
+        """The smallest effective sample size that at least `fraction` of the chunks do not
+        exceed; NaN without chunks."""
+        cumulative = 0
+        for index in sorted(self.ess_counts):
+            cumulative += self.ess_counts[index]
+            if cumulative >= fraction * self.counts["weighted_chunks"]:
+                return round(index * ESS_RESOLUTION, 2)
+        return math.nan
+
+    def exact_match_metrics(self) -> dict[str, float]:
+        """Fraction of samples, and of selected samples, whose text equals the reference latent,
+        over the chunks that have one; empty if none has."""
+        counts = self.counts
+        if not counts["referenced"]:
+            return {}
+        return {
+            "exact_match": _ratio(counts["match"], counts["referenced"]),
+            "exact_match_selected": _ratio(counts["selected_match"], counts["selected_referenced"]),
+        }
+
+    def histogram(self) -> list[tuple[float, float, int]]:
+        """(lower edge, upper edge, count) of the finite log w, in adjacent bins of HISTOGRAM_BIN
+        nats whose edges are multiples of the bin width."""
+        if not self.bin_counts:
+            return []
+        indices = range(min(self.bin_counts), max(self.bin_counts) + 1)
+        return [
+            (HISTOGRAM_BIN * index, HISTOGRAM_BIN * (index + 1), self.bin_counts[index])
+            for index in indices
+        ]
+
+
+def _ratio(total: float, count: int) -> float:
+    return float(total / count) if count else math.nan

@@ -1,0 +1,148 @@
+"""Processing shards in this process, in several processes, or on a Ray cluster.
+
+The output does not depend on the executor: with the same number of threads per worker every one
+writes the same bytes, because a shard depends on its own documents only. A worker that dies loses
+the shard that it was processing and nothing else.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from boltlm.errors import UserError
+from boltlm.estep.config import SamplingConfig
+from boltlm.estep.estep import Throughput
+from boltlm.estep.shard_worker import ShardTask, ShardWorker
+
+# State of a worker process, set by _initialize_process and _process_shard.
+_task: ShardTask | None = None
+_threads: int | None = None
+_worker: ShardWorker | None = None
+
+
+def execute_shards(task: ShardTask, shards: Sequence[str]) -> Iterator[Throughput]:
+    """Process shards with the executor that the task's settings name; yield the throughput of each
+    when it is complete, in any order.
+
+    Raises UserError where a worker process dies or there are fewer GPUs than the workers need.
+    """
+    config = task.settings.sampling
+    if config.executor == "ray":
+        return _execute_on_ray(task, shards, config)
+    if config.workers == 1:
+        return map(_create_worker(task, config.threads), shards)
+    return _execute_in_processes(task, shards, config)
+
+
+def _create_worker(task: ShardTask, threads: int | None) -> ShardWorker:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return ShardWorker(task)
+
+
+def _execute_in_processes(
+    task: ShardTask, shards: Sequence[str], config: SamplingConfig
+) -> Iterator[Throughput]:
+    """One process per worker, each with its own GPUs if there are any."""
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for gpus in _visible_gpus(config):
+        devices.put(gpus)
+    workers = min(config.workers, len(shards))
+    threads = config.threads
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    pool = ProcessPoolExecutor(workers, context, _initialize_process, (task, threads, devices))
+    try:
+        for future in as_completed([pool.submit(_process_shard, shard) for shard in shards]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"sampling for '{task.purpose}': a worker process died (killed, or out of memory);"
+            " the finished shards are saved, run again to resume"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _visible_gpus(config: SamplingConfig) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each worker, a part of what this process may use."""
+    gpus_per_worker = int(config.gpus_per_worker)
+    if gpus_per_worker == 0:
+        return [""] * config.workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) < gpus_per_worker * config.workers:
+        raise UserError(
+            f"sampling: {config.workers} workers with {gpus_per_worker} GPUs each, but"
+            f" {len(gpus)} GPUs are available; lower sampling.workers or sampling.gpus_per_worker"
+        )
+    return [
+        ",".join(gpus[gpus_per_worker * i : gpus_per_worker * (i + 1)])
+        for i in range(config.workers)
+    ]
+
+
+def _initialize_process(task: ShardTask, threads: int | None, devices: Any) -> None:
+    """Assign GPUs to a worker process before it initializes CUDA."""
+    global _task, _threads
+    gpus = devices.get()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    _task, _threads = task, threads
+
+
+def _process_shard(shard: str) -> Throughput:
+    global _worker
+    assert _task is not None
+    _worker = _worker or _create_worker(_task, _threads)
+    return _worker(shard)
+
+
+def _execute_on_ray(
+    task: ShardTask, shards: Sequence[str], config: SamplingConfig
+) -> Iterator[Throughput]:
+    """One model replica per actor. Ray restarts an actor that dies and repeats its shard."""
+    import ray
+
+    cores = config.threads or 1
+    if config.address is None:
+        # One more logical CPU than the actors reserve; without it Ray's read tasks never start.
+        ray.init(num_cpus=config.workers * cores + 1, include_dashboard=False, log_to_driver=False)
+    else:
+        ray.init(address=config.address, log_to_driver=False)
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        names = ray.data.from_items(
+            [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+        )
+        results = names.map_batches(
+            _ShardActor,
+            fn_constructor_args=(task, cores),
+            batch_size=1,
+            num_cpus=cores,
+            num_gpus=config.gpus_per_worker,
+            compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(shards))),
+        )
+        for row in results.iter_rows():
+            yield Throughput(**{name: value for name, value in row.items() if name != "shard"})
+    finally:
+        ray.shutdown()
+
+
+class _ShardActor:
+    """A worker on some node of the cluster. All nodes must share the work folder."""
+
+    def __init__(self, task: ShardTask, threads: int) -> None:
+        self.worker = _create_worker(task, threads)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (shard,) = batch["shard"]
+        throughput = asdict(self.worker(str(shard)))
+        return {"shard": [shard], **{name: [value] for name, value in throughput.items()}}

@@ -1,0 +1,73 @@
+"""Settings of the stage `finetune` (docs/method.md, 6.3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from boltlm.corpus.benchmarks import BenchmarkName
+from boltlm.errors import UserError
+from boltlm.estep.config import SamplingConfig
+from boltlm.evaluation.task_spec import Backend, TaskName, TaskSpec, ThoughtSpace, require_benchmark
+from boltlm.params import EntryName, EntryPath, NonNegativeInt, PositiveInt, from_key
+from boltlm.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneRun:
+    """Params entry `finetune.runs.<name>`.
+
+    `corpus` holds documents that end in an answer. `data` is the folder in data/ with their
+    thoughts: teacher/<name> of a teacher whose task is `solve`, or split/<corpus>, whose documents
+    carry thoughts themselves. The fine-tuned model is evaluated zero-shot on `task`; `space` says
+    where it writes its thoughts.
+    """
+
+    model: Annotated[str, EntryName("models", "base")]
+    corpus: Annotated[str, EntryName("corpora")]
+    data: Annotated[str, EntryPath(teacher="teachers", split="corpora")]
+    task: TaskName
+    space: ThoughtSpace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneSettings:
+    """Settings of the stage `finetune` for the run `name`.
+
+    The fraction `heldout_fraction` of the documents is held out and scored instead of trained on.
+    Each of `seeds` trainings answers every question `samples` times; `temperature` 0 is greedy
+    decoding, `top_k` 0 is no truncation.
+    """
+
+    name: str
+    seed: NonNegativeInt
+    sampling: SamplingConfig
+    benchmarks: Mapping[BenchmarkName, str]
+    run: FinetuneRun = from_key("finetune.runs.{name}")
+    epochs: PositiveInt = from_key("finetune.epochs")
+    heldout_fraction: float = from_key("finetune.heldout_fraction")
+    seeds: PositiveInt = from_key("finetune.seeds")
+    samples: PositiveInt = from_key("finetune.samples")
+    temperature: float = from_key("finetune.temperature")
+    top_k: NonNegativeInt = from_key("finetune.top_k")
+    top_p: float = from_key("finetune.top_p")
+    train: TrainConfig = from_key("finetune.train")
+    backend: Backend = from_key("evaluate.backend")
+    batch_size: PositiveInt = from_key("evaluate.batch_size")
+    max_thought_tokens: PositiveInt = from_key("evaluate.max_thought_tokens")
+    max_answer_tokens: PositiveInt = from_key("evaluate.max_answer_tokens")
+    limit: PositiveInt | None = from_key("evaluate.limit")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError(
+                "finetune.heldout_fraction must be 0 or more and below 1, found"
+                f" {self.heldout_fraction}"
+            )
+        if self.temperature < 0:
+            raise UserError(f"finetune.temperature must be 0 or more, found {self.temperature}")
+        require_benchmark(f"finetune.runs.{self.name}.task", self.run.task, self.benchmarks)
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        """The task that the fine-tuned model is evaluated on."""
+        return TaskSpec(task=self.run.task, prompts="standard", space=self.run.space)

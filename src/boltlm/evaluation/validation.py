@@ -1,0 +1,66 @@
+"""Held-out measures of a model while it is trained, for its learning curve."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby, islice
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from boltlm.estep.config import DrawSettings
+from boltlm.estep.estep import EStep, chunks_in_context
+from boltlm.estep.shard_worker import context_token_budget
+from boltlm.evaluation import likelihood
+from boltlm.records import Chunk, read_table
+from boltlm.tokens import TextCoder
+from boltlm.training.config import ValidationConfig
+from boltlm.training.trainer import ValidationHook
+
+ValidationSettings = DrawSettings
+
+
+def validation_hook(
+    settings: DrawSettings,
+    config: ValidationConfig,
+    *,
+    latent: bool,
+    tokenizer: Path,
+    heldout: Path,
+) -> ValidationHook:
+    """A function that measures a model on the first `config.documents` documents of a held-out
+    corpus, with the estimators of the stage `evaluate` (docs/method.md, section 5).
+
+    It returns `val_nll`, eq. (10), and for a model with latents `val_elbo`, eq. (7) with K =
+    `config.k_samples`; both in nats per token. `tokenizer` is a model folder, `heldout` the folder
+    of the corpus's chunks.
+    """
+    coder = TextCoder(tokenizer)
+    groups_by_document = groupby(read_table(heldout, Chunk), lambda chunk: chunk.doc_id)
+    chunks = [chunk for _, group in islice(groups_by_document, config.documents) for chunk in group]
+    token_budget = context_token_budget(coder, settings.max_latent_tokens)
+    chunks_with_context = chunks_in_context(chunks, settings.context_chunks, token_budget)
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    documents = likelihood.join_chunks(chunks)
+    # vLLM cannot sample from a model whose weights change.
+    sampling = replace(settings.sampling, sampler="transformers")
+
+    def validate(model: PreTrainedModel) -> Mapping[str, float]:
+        scores = likelihood.score_documents(
+            model, coder.special_tokens, documents, coder.context_length, sampling.batch_tokens
+        )
+        metrics = {"val_nll": likelihood.nll_metrics(scores)["nll_per_token"]}
+        if latent:
+            estep = EStep(
+                model,
+                coder,
+                sampling,
+                max_latent_tokens=settings.max_latent_tokens,
+                seed=settings.seed,
+                purpose="validation",
+            )
+            groups = estep.run(chunks_with_context, config.k_samples)
+            bounds = likelihood.elbo_metrics(groups, lengths, [config.k_samples])
+            metrics["val_elbo"] = bounds["elbo_per_token"]
+        return metrics
+
+    return validate

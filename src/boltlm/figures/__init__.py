@@ -1,1 +1,0 @@
-"""Measures become pictures and a report."""

@@ -1,1 +1,0 @@
-"""Chunks get the thoughts that a teacher has about them."""

@@ -1,1 +1,0 @@
-"""Sequences become checkpoints."""

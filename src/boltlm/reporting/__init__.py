@@ -1,0 +1,1 @@
+"""Metrics become figures, a report, and runs in MLflow."""

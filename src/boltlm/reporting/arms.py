@@ -1,0 +1,128 @@
+"""The part of each model in the experiment: the EM chain, its controls and the baselines."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from boltlm.errors import UserError
+from boltlm.estep.config import LatentsEntry
+from boltlm.evaluation.finetune_config import FinetuneRun
+from boltlm.params import from_key
+from boltlm.training.config import ModelEntry
+
+Role = Literal["iteration", "frozen", "teacher", "raw", "other"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportSettings:
+    """The entries of params.yaml whose results are reported."""
+
+    latents: Mapping[str, LatentsEntry]
+    models: Mapping[str, ModelEntry]
+    finetune_runs: Mapping[str, FinetuneRun] = from_key("finetune.runs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A model and its role in the experiment.
+
+    `iteration` is the index t of M_t in the EM chain: the longest sequence of models in which each
+    one sampled the latents that the next one is trained on (of equally long sequences, the first
+    one in params.yaml). Models outside the chain have the role `frozen` if they are trained on
+    latents sampled by a model of the chain, `teacher` if on latents from a teacher, `raw` if on
+    text alone, and `other` in all remaining cases (mixtures with raw text, second chains).
+    `latents` is the entry of `latents` that the model is trained on, `generator` the model that
+    sampled it.
+    """
+
+    name: str
+    role: Role
+    format: str
+    iteration: int | None
+    latents: str | None
+    generator: str | None
+
+    @property
+    def description(self) -> str:
+        """The role in a few words, for labels and tables."""
+        if self.iteration is not None:
+            return f"iteration {self.iteration}"
+        if self.role == "raw":
+            return "raw text"
+        source = "teacher latents" if self.generator is None else f"latents by {self.generator}"
+        return source if self.format == "latent" else f"{self.format}, {source}"
+
+
+def experiment_arms(settings: ReportSettings) -> tuple[Arm, ...]:
+    """Every entry of `models`, in the order of params.yaml.
+
+    If no model is trained on sampled latents there is no chain, and every model trained on latents
+    from a teacher has the role `teacher`. Raises UserError if models sample latents for each other
+    in a circle.
+    """
+    lineages = [_lineage(settings, name) for name in settings.models]
+    longest = max(lineages, key=len, default=[])
+    chain = longest if len(longest) > 1 else []
+    return tuple(_arm(settings, name, chain) for name in settings.models)
+
+
+def em_chain(arms: Sequence[Arm]) -> list[Arm]:
+    """M_0, M_1, …; empty if there is no chain."""
+    return sorted(
+        (arm for arm in arms if arm.iteration is not None), key=lambda arm: arm.iteration or 0
+    )
+
+
+def control_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """The models outside the chain, in the order of params.yaml."""
+    return [arm for arm in arms if arm.iteration is None]
+
+
+def ordered_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """The chain, then the models outside it."""
+    return [*em_chain(arms), *control_arms(arms)]
+
+
+def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
+    latents, generator = _latents_source(settings, name)
+    sequence_format = settings.models[name].format
+    role: Role = "other"
+    if name in chain:
+        role = "iteration"
+    elif sequence_format == "raw":
+        role, latents, generator = "raw", None, None
+    elif sequence_format == "latent" and generator in chain:
+        role = "frozen"
+    elif sequence_format == "latent" and latents is None:
+        role = "teacher"
+    return Arm(
+        name=name,
+        role=role,
+        format=sequence_format,
+        iteration=chain.index(name) if name in chain else None,
+        latents=latents,
+        generator=generator,
+    )
+
+
+def _latents_source(settings: ReportSettings, name: str) -> tuple[str | None, str | None]:
+    """The entry of `latents` that a model is trained on and the model that sampled it; two Nones
+    if the model's data come from elsewhere."""
+    folder, _, entry = settings.models[name].data.partition("/")
+    if folder != "latents":
+        return None, None
+    return entry, settings.latents[entry].model
+
+
+def _lineage(settings: ReportSettings, name: str) -> list[str]:
+    """The models of the latent format from the first one down to `name`, each of which sampled the
+    latents of the next; empty if `name` has another format."""
+    lineage: list[str] = []
+    ancestor: str | None = name
+    while ancestor is not None and settings.models[ancestor].format == "latent":
+        if ancestor in lineage:
+            circle = " ← ".join([*reversed(lineage), ancestor])
+            raise UserError(f"params.yaml: models sample latents for each other: {circle}")
+        lineage.insert(0, ancestor)
+        _, ancestor = _latents_source(settings, ancestor)
+    return lineage

@@ -1,0 +1,185 @@
+"""Training curves, validation curves, and the distribution of the importance weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from boltlm.reporting.arms import em_chain, ordered_arms
+from boltlm.reporting.plotting import (
+    LineStyle,
+    Plot,
+    PlotRows,
+    SkippedPlot,
+    line_styles,
+    subplots,
+)
+from boltlm.reporting.results import Metrics, Results
+
+TAIL_FRACTION = 0.001  # of the weights, cut off by the axis at each end
+PARENT_COLOR = "#555555"
+VALIDATION_COLUMNS: Mapping[str, tuple[str, Callable[..., Any]]] = {
+    "val_elbo": ("held-out ELBO, nats per token", np.maximum.accumulate),
+    "val_nll": ("held-out NLL of raw text, nats per token", np.minimum.accumulate),
+}  # columns of a training curve: the label of the axis, and the best value so far
+
+_Curves = Mapping[str, Sequence[Metrics]]
+
+
+def plot_training(results: Results) -> Plot | SkippedPlot:
+    """Training loss by tokens of every model that has a curve. Parent models that are not entries
+    of `models` have a panel of their own, because they are trained on other text."""
+    curves = {name: lines for name, lines in results.curves.items() if lines}
+    if not curves:
+        return SkippedPlot("no model has a training curve")
+    labels = _labels(results)
+    parents = {name: lines for name, lines in curves.items() if name not in labels}
+    models = {name: curves[name] for name in labels if name in curves}
+    panels = [panel for panel in (parents, models) if panel]
+    figure, ((*columns,),) = subplots(4.2 * len(panels), 3.4, 1, len(panels))
+    styles = line_styles(results.arms)
+    styles |= {name: LineStyle(PARENT_COLOR, "solid") for name in parents}
+    for axes, panel in zip(columns, panels, strict=True):
+        _loss_curves(axes, panel, styles, labels)
+        if panel is parents:
+            axes.legend(loc="upper right")
+        else:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    columns[0].set_ylabel("training loss, nats per token")
+    figure.subplots_adjust(wspace=0.22)
+    rows = [
+        {"model": name, "step": line["step"], "tokens": line["tokens"], "loss": line["loss"]}
+        for name, lines in curves.items()
+        for line in lines
+    ]
+    return Plot(figure, rows)
+
+
+def plot_validation(results: Results) -> Plot | SkippedPlot:
+    """Held-out metrics by tokens of every model that was validated during training: the values as
+    points, and the best value so far as a line, as in the paper's curves."""
+    labels = _labels(results)
+    curves = {
+        name: [
+            line for line in results.curves.get(name, []) if VALIDATION_COLUMNS.keys() & line.keys()
+        ]
+        for name in labels
+    }
+    curves = {name: lines for name, lines in curves.items() if lines}
+    if not curves:
+        return SkippedPlot("no model was validated during training (train.validation)")
+    metrics = [
+        metric
+        for metric in VALIDATION_COLUMNS
+        if any(metric in line for lines in curves.values() for line in lines)
+    ]
+    figure, ((*columns,),) = subplots(4.6 * len(metrics), 3.4, 1, len(metrics))
+    styles = line_styles(results.arms)
+    rows: PlotRows = []
+    for axes, metric in zip(columns, metrics, strict=True):
+        rows += _validation_curves(axes, metric, curves, styles, labels)
+    columns[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.subplots_adjust(wspace=0.3)
+    return Plot(figure, rows)
+
+
+def plot_log_weight(results: Results) -> Plot | SkippedPlot:
+    """The distribution of log w (docs/method.md, eq. (3)) in the latents that each iteration is
+    trained on. Invalid draws have log w = −∞ and appear as a fraction in the legend; the axis cuts
+    off 0.1 % of the draws at either end."""
+    entries = {
+        arm.latents: (f"iteration {arm.iteration}, sampled by {arm.generator}", arm.name)
+        for arm in em_chain(results.arms)
+        if arm.latents is not None and results.histograms.get(arm.latents)
+    }
+    if not entries:
+        return SkippedPlot("no latents of an EM chain have a histogram of log w")
+    styles = line_styles(results.arms)
+    figure, ((axes,),) = subplots(6.0, 3.4)
+    for entry, (label, model) in entries.items():
+        bins = results.histograms[entry]
+        edges = [line["from_nats"] for line in bins] + [bins[-1]["to_nats"]]
+        counts = np.array([line["count"] for line in bins])
+        invalid = results.diagnostics[entry].get("invalid_fraction", 0.0)
+        axes.stairs(
+            counts / counts.sum(),
+            edges,
+            color=styles[model].color,
+            linewidth=1.5,
+            label=f"{label}\n{invalid:.1%} invalid draws",
+        )
+    all_bins = [line for entry in entries for line in results.histograms[entry]]
+    axes.set_xlim(*_central_range(all_bins))
+    axes.set_xlabel("log w = log p(Z) + log p(X | Z) − log q(Z | X), nats per chunk")
+    axes.set_ylabel("fraction of valid draws per bin")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    rows = [{"latents": entry, **line} for entry in entries for line in results.histograms[entry]]
+    return Plot(figure, rows)
+
+
+def _labels(results: Results) -> dict[str, str]:
+    """The entries of `models` in their order, each with its name and role."""
+    return {arm.name: f"{arm.name}: {arm.description}" for arm in ordered_arms(results.arms)}
+
+
+def _loss_curves(
+    axes: Axes, curves: _Curves, styles: Mapping[str, LineStyle], labels: Mapping[str, str]
+) -> None:
+    for name, lines in curves.items():
+        axes.plot(
+            [line["tokens"] for line in lines],
+            [line["loss"] for line in lines],
+            color=styles[name].color,
+            linestyle=styles[name].dashes,
+            linewidth=1.3,
+            label=labels.get(name, name),
+        )
+    _token_axis(axes)
+
+
+def _validation_curves(
+    axes: Axes,
+    metric: str,
+    curves: _Curves,
+    styles: Mapping[str, LineStyle],
+    labels: Mapping[str, str],
+) -> PlotRows:
+    """Draw one held-out metric of every model; returns the rows of its CSV."""
+    axis_label, best_so_far = VALIDATION_COLUMNS[metric]
+    rows: PlotRows = []
+    for name, lines in curves.items():
+        tokens = [line["tokens"] for line in lines if metric in line]
+        values = [line[metric] for line in lines if metric in line]
+        best = best_so_far(values) if values else []
+        style = styles[name]
+        axes.plot(tokens, values, ".", color=style.color, markersize=4)
+        axes.plot(tokens, best, color=style.color, linestyle=style.dashes, label=labels[name])
+        rows += [
+            {"model": name, "metric": metric, "tokens": count, "value": value, "best": float(top)}
+            for count, value, top in zip(tokens, values, best, strict=True)
+        ]
+    axes.set_ylabel(axis_label)
+    _token_axis(axes)
+    return rows
+
+
+def _token_axis(axes: Axes) -> None:
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _central_range(bins: Sequence[Metrics]) -> tuple[float, float]:
+    """The range of log w without the tails at either end that hold TAIL_FRACTION of the draws."""
+    tail = TAIL_FRACTION * sum(line["count"] for line in bins)
+    ascending = sorted(bins, key=lambda line: line["from_nats"])
+    ends: list[float] = []
+    for lines, edge in ((ascending, "from_nats"), (ascending[::-1], "to_nats")):
+        passed = 0.0
+        for line in lines:
+            passed += line["count"]
+            if passed > tail:
+                ends.append(line[edge])
+                break
+    return ends[0], ends[1]

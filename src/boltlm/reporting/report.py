@@ -1,0 +1,205 @@
+"""All figures, and a report with the numbers: `metrics/` becomes `metrics/figures/`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from boltlm.reporting import curves, iterations
+from boltlm.reporting.arms import ReportSettings, ordered_arms
+from boltlm.reporting.plotting import STYLE, Plot, SkippedPlot, save_plot
+from boltlm.reporting.results import Estimate, Metrics, Results, read_results
+
+MISSING = "–"
+CAPTIONS = {
+    "elbo": "Held-out ELBO per token by iteration, mean ± standard error; horizontal lines are"
+    " controls.",
+    "accuracy": "Accuracy on held-out questions by iteration, mean ± standard error; horizontal"
+    " lines are controls.",
+    "parts": "Utility, simplicity and diversity on held-out chunks by iteration, mean ± standard"
+    " error.",
+    "diagnostics": "Latents that the model of each iteration samples for held-out chunks.",
+    "training": "Training loss, for each model on the tokens of its own sequence format.",
+    "heldout": "Held-out metrics during training: values as points, the best value so far as a"
+    " line.",
+    "log_weight": "log w of the latents that each iteration is trained on; the outermost bins"
+    " include all values beyond them.",
+}  # by the stem of a figure's files
+
+ABOUT_MODELS = (
+    "ELBO: importance-weighted bound with the largest K; NLL: negative log-likelihood of the raw"
+    " text without latents; both in nats per token on held-out documents. Exact match: fraction of"
+    " sampled latents that are identical to the reference latent of the data. ESS: effective sample"
+    " size of the K draws. Failed groups: fraction of the groups of K draws that contain no valid"
+    " draw; the bound excludes them."
+)
+ABOUT_LATENTS = "SD of log w: standard deviation within a chunk, averaged over chunks."
+ABOUT_FINETUNED = (
+    "Accuracy: mean over questions, samples and seeds ± standard error over questions; the next two"
+    " columns are the standard errors over seeds (independent trainings) and over samples."
+)
+
+
+def write_report(settings: ReportSettings, *, metrics: Path, out: Path) -> None:
+    """Write every figure that has numbers, the CSV of each, and `report.md`, which also names the
+    figures that were skipped and says why."""
+    results = read_results(settings, metrics)
+    out.mkdir(parents=True, exist_ok=True)
+    functions: dict[str, Callable[[Results], Plot | SkippedPlot]] = {
+        "elbo": iterations.plot_elbo,
+        "accuracy": iterations.plot_accuracy,
+        "parts": iterations.plot_elbo_terms,
+        "diagnostics": iterations.plot_diagnostics,
+        "training": curves.plot_training,
+        "heldout": curves.plot_validation,
+        "log_weight": curves.plot_log_weight,
+    }
+    plots: dict[str, Plot | SkippedPlot] = {}
+    for stem, draw in functions.items():
+        with rc_context(dict(STYLE)):
+            plots[stem] = draw(results)
+        save_plot(out, stem, plots[stem])
+    (out / "report.md").write_text(render_report(results, plots), encoding="utf-8")
+
+
+def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> str:
+    """The report in Markdown; `plots` by the stem of their files."""
+    blocks = [
+        "# Results",
+        "Written by the stage `figures` from the files in `metrics/`; ± is one standard error.",
+        "## Models",
+        _models(results),
+        ABOUT_MODELS,
+    ]
+    if results.bound_sizes():
+        blocks += ["### ELBO by number of draws K, nats per token", _bounds(results)]
+    if tasks := results.tasks():
+        blocks += ["### Accuracy by task", _tasks(results, tasks)]
+    if any(results.finetuning.values()):
+        blocks += ["## Fine-tuning", _finetuning(results), ABOUT_FINETUNED]
+    if results.diagnostics:
+        blocks += ["## Latents", _latents(results), ABOUT_LATENTS]
+    blocks.append("## Figures")
+    for stem, plot in plots.items():
+        if isinstance(plot, SkippedPlot):
+            blocks.append(f"`{stem}.png` is skipped: {plot.reason}.")
+        else:
+            caption = CAPTIONS[stem]
+            numbers = f"Numbers: [{stem}.csv]({stem}.csv)"
+            blocks.append(f"![{caption}]({stem}.png)\n\n{caption} {numbers}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _models(results: Results) -> str:
+    sizes = results.bound_sizes()
+    failed = f"elbo_failed_fraction_k{sizes[-1]}" if sizes else ""
+    columns: dict[str, Callable[[str], str]] = {
+        "ELBO": lambda name: _nats(results.estimate(name, "elbo_per_token")),
+        "NLL": lambda name: _nats(results.estimate(name, "nll_per_token")),
+        "accuracy, with latent thought": lambda name: _percent(
+            results.estimate(name, iterations.LATENT_ACCURACY)
+        ),
+        "accuracy, direct answer": lambda name: _percent(
+            results.estimate(name, iterations.RAW_ACCURACY)
+        ),
+        "exact match": lambda name: _percent(results.estimate(name, "exact_match")),
+        "ESS": lambda name: _decimal(results.evaluation[name], "ess_mean", 2),
+        "invalid draws": lambda name: _percent(results.estimate(name, "invalid_fraction")),
+        "failed groups": lambda name: _percent(results.estimate(name, failed)),
+    }
+    return _table(
+        ["model", "description", *columns],
+        [
+            [arm.name, arm.description, *(cell(arm.name) for cell in columns.values())]
+            for arm in ordered_arms(results.arms)
+        ],
+    )
+
+
+def _bounds(results: Results) -> str:
+    sizes = results.bound_sizes()
+    metrics = [f"elbo_per_token_k{size}" for size in sizes]
+    return _table(
+        ["model", *(f"K = {size}" for size in sizes)],
+        [
+            [arm.name, *(_nats(results.estimate(arm.name, metric)) for metric in metrics)]
+            for arm in ordered_arms(results.arms)
+            if any(metric in results.evaluation[arm.name] for metric in metrics)
+        ],
+    )
+
+
+def _tasks(results: Results, tasks: Sequence[str]) -> str:
+    metrics = [f"{task}/accuracy" for task in tasks]
+    return _table(
+        ["model", *tasks],
+        [
+            [arm.name, *(_percent(results.estimate(arm.name, metric)) for metric in metrics)]
+            for arm in ordered_arms(results.arms)
+        ],
+    )
+
+
+def _finetuning(results: Results) -> str:
+    rows: list[list[str]] = []
+    for run, metrics in results.finetuning.items():
+        for name in (key for key in metrics if key.endswith("/accuracy")):
+            accuracy = Estimate(value=metrics[name], se=metrics.get(f"{name}_se"))
+            errors = [_fraction(metrics, f"{name}_se_{over}") for over in ("seeds", "samples")]
+            sizes = [_decimal(metrics, key, 0) for key in ("seeds", "samples")]
+            rows.append([run, name.removesuffix("/accuracy"), _percent(accuracy), *errors, *sizes])
+    head = ["run", "task", "accuracy", "± seeds", "± samples", "seeds", "samples"]
+    return _table(head, rows)
+
+
+def _latents(results: Results) -> str:
+    columns: dict[str, Callable[[Metrics], str]] = {
+        "chunks": lambda metrics: _decimal(metrics, "chunks", 0),
+        "draws": lambda metrics: _decimal(metrics, "samples", 0),
+        "ESS": lambda metrics: _decimal(metrics, "ess_mean", 2),
+        "largest weight": lambda metrics: _decimal(metrics, "max_weight_mean", 2),
+        "SD of log w, nats": lambda metrics: _decimal(metrics, "log_weight_std_mean", 2),
+        "invalid draws": lambda metrics: _fraction(metrics, "invalid_fraction"),
+        "exact match": lambda metrics: _fraction(metrics, "exact_match"),
+        "exact match, selected": lambda metrics: _fraction(metrics, "exact_match_selected"),
+        "tokens per latent": lambda metrics: _decimal(metrics, "latent_tokens_mean", 1),
+    }
+    return _table(
+        ["latents", "sampled by", *columns],
+        [
+            [name, results.generators[name], *(cell(metrics) for cell in columns.values())]
+            for name, metrics in results.diagnostics.items()
+        ],
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; columns of numbers are aligned to the right."""
+    numeric = [
+        all(row[column][:1].isdigit() or row[column][:1] in "−–" for row in rows)
+        for column in range(1, len(head))
+    ]
+    separators = ["---", *("---:" if is_numeric else "---" for is_numeric in numeric)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, separators, *rows])
+
+
+def _nats(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return MISSING
+    error = "" if estimate.se is None else f" ± {estimate.se:.3f}"
+    return f"{estimate.value:.3f}{error}".replace("-", "−")
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return MISSING
+    error = "" if estimate.se is None else f" ± {estimate.se:.1%}"
+    return f"{estimate.value:.1%}{error}"
+
+
+def _fraction(metrics: Metrics, metric: str) -> str:
+    return f"{metrics[metric]:.1%}" if metric in metrics else MISSING
+
+
+def _decimal(metrics: Metrics, metric: str, digits: int) -> str:
+    return f"{metrics[metric]:,.{digits}f}" if metric in metrics else MISSING

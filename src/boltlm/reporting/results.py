@@ -1,0 +1,180 @@
+"""The numbers of the whole experiment, read from the metrics folder; missing files are skipped.
+
+    <metrics>/eval/<model>.json   <metrics>/latents/<entry>.json   <metrics>/train/<model>.csv
+    <metrics>/finetune/<run>.json
+
+Only the entries of params.yaml are read: files that another preset left behind are not part of the
+experiment. Wall-clock figures lie outside the metrics folder, because they differ between runs of
+the same experiment; they are logged to MLflow and appear in no tracked file.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from boltlm.reporting.arms import Arm, ReportSettings, em_chain, experiment_arms
+from boltlm.timing import read_timing, timing_path
+
+Metrics = Mapping[str, float]
+
+
+class MetricPoint(NamedTuple):
+    """One value of a metric, as MLflow logs it."""
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A metric and its standard error, None if the metric has none."""
+
+    value: float
+    se: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """What is known of an experiment; values that are null or text are not included.
+
+    `evaluation` is keyed by model and `finetuning` by run of `finetune`. `diagnostics`,
+    `generators` (the model that sampled the latents) and `histograms` (bins of their log w) are
+    keyed by entry of `latents`. `curves` holds the lines of the training curves, keyed by model and
+    by parent model. `timings` holds measured wall-clock figures, keyed by model and by
+    `latents/<entry>`: one mapping for each line of a training curve, one in all for latents.
+    """
+
+    arms: tuple[Arm, ...]
+    evaluation: Mapping[str, Metrics]
+    finetuning: Mapping[str, Metrics]
+    diagnostics: Mapping[str, Metrics]
+    generators: Mapping[str, str]
+    curves: Mapping[str, Sequence[Metrics]]
+    histograms: Mapping[str, Sequence[Metrics]]
+    timings: Mapping[str, Sequence[Metrics]]
+
+    def estimate(self, model: str, metric: str) -> Estimate | None:
+        """An evaluation metric of a model, or None if the model does not have it."""
+        metrics = self.evaluation[model]
+        if metric not in metrics:
+            return None
+        return Estimate(value=metrics[metric], se=metrics.get(f"{metric}_se"))
+
+    def tasks(self) -> list[str]:
+        """The tasks that have an accuracy, without those on the corpus's own questions."""
+        keys = dict.fromkeys(key for metrics in self.evaluation.values() for key in metrics)
+        tasks = [key.removesuffix("/accuracy") for key in keys if key.endswith("/accuracy")]
+        return [task for task in tasks if not task.startswith("questions/")]
+
+    def bound_sizes(self) -> list[int]:
+        """Every K for which some model has an importance-weighted bound, in ascending order."""
+        keys = {key for metrics in self.evaluation.values() for key in metrics}
+        matches = (re.fullmatch(r"elbo_per_token_k(\d+)", key) for key in keys)
+        return sorted(int(match[1]) for match in matches if match)
+
+
+def read_results(settings: ReportSettings, metrics: Path, timings: Path | None = None) -> Results:
+    """The results in the folder `metrics`. `timings`: the folder of the wall-clock figures, of
+    which those that belong to a different metrics file are ignored; None: they are not read."""
+    arms = experiment_arms(settings)
+    models = list(settings.models)
+    parents = [settings.models[name].parent for name in models]
+    trained = list(dict.fromkeys([name for name in parents if name not in models] + models))
+    curve_paths = {name: metrics / "train" / f"{name}.csv" for name in trained}
+    latents_paths = {name: metrics / "latents" / f"{name}.json" for name in settings.latents}
+    return Results(
+        arms=arms,
+        evaluation={name: _read_json(metrics / "eval" / f"{name}.json") for name in models},
+        finetuning={
+            name: _read_json(metrics / "finetune" / f"{name}.json")
+            for name in settings.finetune_runs
+        },
+        diagnostics={name: _read_json(path) for name, path in latents_paths.items()},
+        generators={name: entry.model for name, entry in settings.latents.items()},
+        curves={name: _read_csv(path) for name, path in curve_paths.items()},
+        histograms={
+            name: _read_csv(path.with_suffix(".csv")) for name, path in latents_paths.items()
+        },
+        timings={} if timings is None else _read_timings(timings, curve_paths, latents_paths),
+    )
+
+
+def experiment_points(results: Results) -> list[MetricPoint]:
+    """The metrics of the chain's models with the iteration as step, those of every model as
+    `<model>/<metric>`, and those of every fine-tuning run as `finetune/<run>/<metric>`."""
+    chain = [
+        MetricPoint(metric, value, arm.iteration or 0)
+        for arm in em_chain(results.arms)
+        for metric, value in results.evaluation[arm.name].items()
+    ]
+    named = dict(results.evaluation)
+    named |= {f"finetune/{run}": metrics for run, metrics in results.finetuning.items()}
+    return chain + [
+        MetricPoint(f"{name}/{metric}", value, 0)
+        for name, metrics in named.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def run_points(results: Results) -> dict[str, list[MetricPoint]]:
+    """The points of each part of the experiment: of a model its training curve and its evaluation,
+    of `finetune/<run>` the metrics of that run, of `latents/<entry>` the diagnostics of those
+    latents; with each part the wall-clock figures measured for it."""
+    points: dict[str, list[MetricPoint]] = {}
+    for model, lines in results.curves.items():
+        points[model] = _points(lines) + _points([results.evaluation.get(model, {})])
+    for run, metrics in results.finetuning.items():
+        points[f"finetune/{run}"] = _points([metrics])
+    for entry, diagnostics in results.diagnostics.items():
+        points[f"latents/{entry}"] = _points([diagnostics])
+    for part, lines in results.timings.items():
+        points[part] += _points(lines)
+    return points
+
+
+def _points(lines: Iterable[Metrics]) -> list[MetricPoint]:
+    """One point for each value, at the step that its line names, else at step 0."""
+    return [
+        MetricPoint(metric, value, int(line.get("step", 0)))
+        for line in lines
+        for metric, value in line.items()
+        if metric != "step"
+    ]
+
+
+def _read_timings(
+    folder: Path, curves: Mapping[str, Path], latents: Mapping[str, Path]
+) -> dict[str, Sequence[Metrics]]:
+    """The wall-clock figures that belong to these very training curves and diagnostics."""
+    train = {
+        name: read_timing(timing_path(folder, "train", name), path) for name, path in curves.items()
+    }
+    estep = {
+        f"latents/{name}": read_timing(timing_path(folder, "latents", name), path)
+        for name, path in latents.items()
+    }
+    return {**train, **estep}
+
+
+def _read_json(path: Path) -> Metrics:
+    if not path.exists():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _read_csv(path: Path) -> list[Metrics]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return [{key: float(value) for key, value in line.items() if value} for line in lines]

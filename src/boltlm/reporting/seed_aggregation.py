@@ -1,0 +1,162 @@
+"""Finished DVC experiments as one table: mean ± standard error over seeds.
+
+An experiment is identified by the params.yaml of its own commit, not by its name. Experiments whose
+`k_samples` differs from the workspace's contribute only the models that were asked for, because all
+other models in them are copies of those with the default K.
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from boltlm.errors import UserError
+
+SEED_METRICS: tuple[str, ...] = (
+    "elbo_per_token",
+    "nll_per_token",
+    "exact_match",
+    "questions/standard/latent/accuracy",
+    "questions/standard/raw/accuracy",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedRow:
+    """The metrics of one model in one experiment; those that it does not have are absent."""
+
+    model: str
+    k_samples: int
+    seed: int
+    metrics: Mapping[str, float]
+
+
+def collect_seeds(default_k: int, of_other_k: Sequence[str]) -> list[SeedRow]:
+    """One row for each model, K and seed, from every experiment of this repository, sorted. Of
+    experiments with a K other than `default_k`, only the models `of_other_k` are taken.
+
+    Raises UserError if git fails, if there are no experiments, or if the params of one have no seed
+    or k_samples.
+    """
+    rows: dict[tuple[str, int, int], SeedRow] = {}
+    refs = list(_experiment_refs())
+    if not refs:
+        raise UserError(
+            "this repository has no finished DVC experiments; queue some with `dvc exp run --queue"
+            " -S seed=1,2,3` and run them with `dvc queue start`"
+        )
+    for ref in refs:
+        params = yaml.safe_load(_git("show", f"{ref}:params.yaml"))
+        k_samples, seed = _integer(params, "k_samples", ref), _integer(params, "seed", ref)
+        for path in _git("ls-tree", "--name-only", ref, "metrics/eval/").split():
+            model = Path(path).stem
+            if k_samples == default_k or model in of_other_k:
+                values = json.loads(_git("show", f"{ref}:{path}"))
+                rows[model, k_samples, seed] = SeedRow(
+                    model=model,
+                    k_samples=k_samples,
+                    seed=seed,
+                    metrics={
+                        metric: values[metric]
+                        for metric in SEED_METRICS
+                        if values.get(metric) is not None
+                    },
+                )
+    return [rows[key] for key in sorted(rows)]
+
+
+def seed_table(rows: Sequence[SeedRow]) -> str:
+    """A Markdown table with one line for each model and K."""
+    groups: dict[tuple[str, int], list[SeedRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.model, row.k_samples].append(row)
+    lines = [["model", "K", "seeds", *SEED_METRICS], ["---"] * (3 + len(SEED_METRICS))]
+    for (model, k_samples), group in groups.items():
+        cells = [
+            _format_mean([row.metrics[metric] for row in group if metric in row.metrics])
+            for metric in SEED_METRICS
+        ]
+        lines.append([model, str(k_samples), str(len(group)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) -> str:
+    """A Markdown table with the difference in elbo_per_token of each pair `model-reference`, paired
+    by seed. For a model without latents, −nll_per_token is exact and takes the bound's place.
+
+    Raises UserError if a pair does not name two models that have such a value.
+    """
+    bounds = {
+        (row.model, row.seed): bound
+        for row in rows
+        if row.k_samples == default_k and (bound := _bound(row)) is not None
+    }
+    models = dict.fromkeys(model for model, _ in bounds)
+    lines = [["difference", "seeds", "elbo_per_token"], ["---"] * 3]
+    for pair in pairs:
+        model, _, reference = pair.partition("-")
+        if model not in models or reference not in models:
+            raise UserError(
+                f"a pair must be <model>-<reference>, each one of {', '.join(models) or 'none'};"
+                f" found '{pair}'"
+            )
+        seeds = [seed for name, seed in bounds if name == model and (reference, seed) in bounds]
+        differences = [bounds[model, seed] - bounds[reference, seed] for seed in seeds]
+        lines.append([f"{model} − {reference}", str(len(seeds)), _format_mean(differences)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_seed_csv(path: Path, rows: Sequence[SeedRow]) -> None:
+    """Write the rows as CSV; metrics that a model does not have are blank."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["model", "k_samples", "seed", *SEED_METRICS])
+        writer.writeheader()
+        for row in rows:
+            key = {"model": row.model, "k_samples": row.k_samples, "seed": row.seed}
+            writer.writerow({**key, **row.metrics})
+
+
+def _experiment_refs() -> Iterator[str]:
+    """DVC's references refs/exps/<2 digits of the baseline commit>/<38 digits>/<name>."""
+    for ref in _git("for-each-ref", "refs/exps", "--format=%(refname)").split():
+        if len(ref.split("/")) == 5:  # others belong to DVC's queue
+            yield ref
+
+
+def _integer(params: Any, key: str, ref: str) -> int:
+    value = params.get(key) if isinstance(params, dict) else None
+    if not isinstance(value, int):
+        raise UserError(
+            f"{ref}: params.yaml has {key} = {value!r}, which must be an integer; remove this"
+            f" experiment with: dvc exp remove {ref.split('/')[-1]}"
+        )
+    return value
+
+
+def _git(*arguments: str) -> str:
+    command = ("git", *arguments)
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{' '.join(command)} failed: {error.stderr.strip()}") from error
+
+
+def _bound(row: SeedRow) -> float | None:
+    if "elbo_per_token" in row.metrics:
+        return row.metrics["elbo_per_token"]
+    nll = row.metrics.get("nll_per_token")
+    return None if nll is None else -nll
+
+
+def _format_mean(values: Sequence[float]) -> str:
+    """Mean ± standard error, the mean alone for one value, `–` for none."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "–"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"

@@ -1,1 +1,0 @@
-"""A checkpoint and chunks become weighed latents: the E-step."""

@@ -1,0 +1,129 @@
+"""Unfinished work that outlives the process that does it: complete files, locks, shards.
+
+A finished shard lies in the work folder under the fingerprint of everything that it depends on. It
+is written completely or not at all, with its checksum beside it, and any later run with the same
+fingerprint uses it: after a crash, in a queued experiment, under another preset. When all shards of
+a stage are complete they are copied into the stage's output.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from boltlm.progress import Progress
+
+_T = TypeVar("_T")
+
+
+def repository_path(path: Path) -> Path:
+    """`path` in the repository itself, also in a queued experiment, which DVC runs in a copy of the
+    repository whose original it names in DVC_ROOT."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder. On leaving, the file there is flushed to the disk
+    and renamed to `path`; after an error it is removed and `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_lock(folder: Path, what: str, *, acquire: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder of unfinished work. A second run waits for it and says so; the lock
+    of a process that dies is released. `acquire` false: another process of this run holds it."""
+    if not acquire:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except TimeoutError:
+        print(f"{what}: waiting for another process that does the same work", flush=True)
+        lock.acquire(blocking=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_shards(
+    names: Sequence[str],
+    process: Callable[[list[str]], Iterator[_T]],
+    *,
+    work: Path,
+    out: Path,
+    what: str,
+    workers: int = 1,
+) -> list[_T]:
+    """Process every shard that is not yet complete in `work`, then copy all of them into `out`.
+
+    `process` gets the names of the missing shards and yields once for each of them, when it is
+    written to `work` and marked complete; what it yields is returned. `workers`: how many shards
+    are processed at once, for the progress line.
+    """
+    missing = [name for name in names if not is_complete(work / name)]
+    results: list[_T] = []
+    if len(missing) < len(names):
+        print(f"{what}: {len(names) - len(missing)} of {len(names)} shards found in {work}")
+    if missing:
+        with Progress(what=what, total=len(missing), unit="shards") as progress:
+            for result in process(missing):
+                results.append(result)
+                running = min(workers, len(missing) - len(results))
+                waiting = len(missing) - len(results) - running
+                progress.note(f"{running} running, {waiting} waiting")
+                progress.advance(1)
+    publish_shards([work / name for name in names], out)
+    return results
+
+
+def mark_complete(path: Path) -> None:
+    """Write the checksum of a finished file beside it; from now on the file counts."""
+    with atomic_write(_checksum_path(path)) as temporary:
+        temporary.write_text(_checksum(path), encoding="utf-8")
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a file exists, was marked complete, and has not changed since."""
+    checksum = _checksum_path(path)
+    return path.is_file() and checksum.is_file() and checksum.read_text("utf-8") == _checksum(path)
+
+
+def remove_complete(path: Path) -> None:
+    """Remove a file that was marked complete, its checksum first."""
+    _checksum_path(path).unlink(missing_ok=True)
+    path.unlink()
+
+
+def publish_shards(paths: Sequence[Path], out: Path) -> None:
+    """Copy finished shards into an output folder that then holds nothing else."""
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    for path in paths:
+        shutil.copyfile(path, out / path.name)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

@@ -1,0 +1,1 @@
+"""Teachers: language models, or the data set itself, that write latents and paraphrases."""

@@ -1,0 +1,239 @@
+"""A teacher model and a corpus: estimate the cost, send the open requests, write the tables."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from boltlm.errors import UserError
+from boltlm.fingerprint import fingerprint
+from boltlm.progress import Progress
+from boltlm.records import Chunk, Document, Paraphrase, TeacherLatent, read_shard, write_shard
+from boltlm.teachers.config import (
+    APITeacherConfig,
+    OpenAIBatchConfig,
+    OpenAIChatConfig,
+    VLLMTeacherConfig,
+)
+from boltlm.teachers.cost import CostBudget
+from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
+from boltlm.teachers.requests import RequestLedger, RequestStatus, TeacherClient
+from boltlm.teachers.response_cache import ResponseCache
+from boltlm.teachers.tables import (
+    SupportsEncode,
+    count_rows,
+    describe_reasons,
+    dropped_by_reason,
+    latent_row,
+    paraphrase_row,
+)
+
+ModelTeacher = OpenAIChatConfig | OpenAIBatchConfig | VLLMTeacherConfig
+
+
+class TeacherJob:
+    """The requests of one teacher for one corpus.
+
+    `teacher`: the teacher's key in params, for messages. `split`: the folder of the corpus's
+    documents. `chunk_paths`: the shards of its chunks.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        config: ModelTeacher,
+        builder: RequestBuilder,
+        *,
+        split: Path,
+        chunk_paths: list[Path],
+    ) -> None:
+        self.teacher, self.config, self.builder = teacher, config, builder
+        self.split, self.chunk_paths = split, chunk_paths
+
+    def run(
+        self, cache: ResponseCache, encoder: SupportsEncode, max_latent_tokens: int, out: Path
+    ) -> dict[str, int | float]:
+        """Send the requests that have no usable response in the cache, then write the tables to
+        `out` from it. Returns the stage's metrics.
+
+        Runs that use the same model with the same settings wait for each other, so that none of
+        them sends a request whose response another one is about to save. Raises UserError where
+        the limit on cost or on failures is exceeded, and for errors of the server.
+        """
+        with self._lock(cache):
+            rejected = self._send_requests(cache)
+        return self._write_tables(cache, rejected, encoder, max_latent_tokens, out)
+
+    def _shard_requests(self, path: Path) -> Iterator[TeacherRequest]:
+        documents = read_shard(self.split / path.name, Document)
+        return self.builder.requests(documents, read_shard(path, Chunk))
+
+    def _all_requests(self) -> Iterator[TeacherRequest]:
+        for path in self.chunk_paths:
+            yield from self._shard_requests(path)
+
+    def _lock(self, cache: ResponseCache) -> AcquireReturnProxy:
+        lock = FileLock(cache.path.with_name(f"{fingerprint(self.config.sampling_facts)}.lock"))
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.teacher}: waiting for another run that uses this teacher", flush=True)
+            return lock.acquire()
+
+    def _send_requests(self, cache: ResponseCache) -> dict[str, str]:
+        """Send requests until none is open. Returns the server's messages for rejected requests,
+        by key. Raises what stopped the run."""
+        limit = self.config.max_cost_usd if isinstance(self.config, APITeacherConfig) else 0.0
+        with Progress(what=self.teacher, total=None, unit="responses") as progress:
+            ledger = RequestLedger(
+                self.teacher, cache, self.config.max_attempts, CostBudget(limit), progress
+            )
+            num_open = self._estimate(ledger)
+            if num_open == 0:
+                return {}
+            progress.set_total(num_open)
+            client = self._client()
+            # Repeated, because a request with an unusable response is open again.
+            num_sent = 1
+            while num_sent and ledger.stop_error is None:
+                num_sent = client.run(ledger.pending(self._all_requests()), ledger)
+        if ledger.stop_error is not None:
+            _log(cache, str(ledger.stop_error) or f"{self.teacher}: interrupted")
+            raise ledger.stop_error
+        return ledger.rejected
+
+    def _client(self) -> TeacherClient:
+        # The libraries of other kinds are not imported: they are large or may not be installed.
+        match self.config:
+            case OpenAIChatConfig():
+                from boltlm.teachers.openai_chat import OpenAIChatClient
+
+                return OpenAIChatClient(self.config)
+            case OpenAIBatchConfig():
+                from boltlm.teachers.openai_batch import OpenAIBatchClient
+
+                return OpenAIBatchClient(self.config)
+            case VLLMTeacherConfig():
+                from boltlm.teachers.vllm_local import VLLMClient
+
+                return VLLMClient(self.config)
+
+    def _estimate(self, ledger: RequestLedger) -> int:
+        """Print how many requests are open and what they are expected to cost. Returns their
+        number. Enters what the cache holds into the ledger. Raises UserError where the expected
+        cost exceeds the limit."""
+        num_final, num_open, input_tokens, output_tokens = 0, 0, 0.0, 0.0
+        ledger.cache.reset_occurrences()
+        for request in self._all_requests():
+            if not ledger.cache.is_first_occurrence(request.key):
+                continue
+            status = ledger.status(request.key)
+            ledger.budget.spent += sum(response.cost_usd for response in status.responses)
+            ledger.usable += status.response is not None
+            if status.next_attempt is None:
+                num_final += 1
+                continue
+            num_open += 1
+            if isinstance(self.config, APITeacherConfig):
+                request_tokens = self.config.expected_tokens(request)
+                input_tokens += request_tokens[0]
+                output_tokens += request_tokens[1]
+        text = (
+            f"{self.teacher}: {num_open:,} requests to {self.config.model},"
+            f" {num_final:,} others are in the response cache"
+        )
+        if isinstance(self.config, APITeacherConfig) and num_open:
+            prices, budget = self.config.prices, ledger.budget
+            batch = self.config.kind == "openai_batch"
+            cost_usd = prices.cost(input_tokens, output_tokens, batch=batch)
+            text += (
+                f"; expected: {input_tokens:,.0f} input tokens, {output_tokens:,.0f} output tokens,"
+                f" ${cost_usd:.4f} at the prices of {prices.as_of}; spent so far:"
+                f" ${budget.spent:.4f}, limit: ${budget.limit:.4f}"
+            )
+            if budget.spent + cost_usd > budget.limit:
+                _log(ledger.cache, f"{text}; refused")
+                raise UserError(
+                    f"{text}. This is above max_cost_usd, so nothing was sent; raise max_cost_usd"
+                    " or use a smaller corpus"
+                )
+        print(text, flush=True)
+        _log(ledger.cache, text)
+        return num_open
+
+    def _write_tables(
+        self,
+        cache: ResponseCache,
+        rejected: dict[str, str],
+        encoder: SupportsEncode,
+        max_latent_tokens: int,
+        out: Path,
+    ) -> dict[str, int | float]:
+        """Write one shard for each shard of chunks. Returns the metrics. Raises UserError where
+        too many requests have no usable response."""
+        counts: Counter[str] = Counter()
+        cost_usd = 0.0
+        with Progress(what=f"{self.teacher} tables", total=None, unit="requests") as progress:
+            ledger = RequestLedger(
+                self.teacher, cache, self.config.max_attempts, CostBudget(0.0), progress, rejected
+            )
+            cache.reset_occurrences()
+            for path in self.chunk_paths:
+                latents: list[TeacherLatent] = []
+                paraphrases: list[Paraphrase] = []
+                for request in self._shard_requests(path):
+                    status = self._final_status(ledger, request)
+                    if cache.is_first_occurrence(request.key):
+                        _count_responses(status, counts)
+                        cost_usd += sum(response.cost_usd for response in status.responses)
+                    if self.config.task == "latent":
+                        latents.append(latent_row(request, status, encoder, max_latent_tokens))
+                    else:
+                        paraphrases.append(paraphrase_row(request, status))
+                    progress.advance(1)
+                count_rows(latents or paraphrases, counts)
+                if self.config.task == "latent":
+                    write_shard(out / path.name, TeacherLatent, latents)
+                else:
+                    write_shard(out / path.name, Paraphrase, paraphrases)
+        self._check_failed_fraction(counts, rejected)
+        text = f"{self.teacher}: complete, ${cost_usd:.4f} for {counts['answers']:,} responses"
+        print(text, flush=True)
+        _log(cache, text)
+        return {**counts, "cost_usd": cost_usd}
+
+    def _final_status(self, ledger: RequestLedger, request: TeacherRequest) -> RequestStatus:
+        status = ledger.status(request.key)
+        if status.next_attempt is not None:
+            raise UserError(
+                f"{self.teacher}: some requests are part of a pending batch; run this teacher with"
+                " kind openai_batch until the batch has ended"
+            )
+        return status
+
+    def _check_failed_fraction(self, counts: Counter[str], rejected: dict[str, str]) -> None:
+        total = counts["chunks"] + counts["paraphrases"]
+        failed = sum(dropped_by_reason(counts).values())
+        if failed > self.config.max_failed_fraction * total:
+            example = f" (one of them: {next(iter(rejected.values()))})" if rejected else ""
+            raise UserError(
+                f"{self.teacher}: {failed} of {total} have no usable response:"
+                f" {describe_reasons(counts)}{example}; more than max_failed_fraction"
+                f" {self.config.max_failed_fraction} allows. All responses are saved in the"
+                " response cache: raise max_failed_fraction or max_attempts, or remove the cause,"
+                " and run the stage again"
+            )
+
+
+def _count_responses(status: RequestStatus, counts: Counter[str]) -> None:
+    counts["answers"] += len(status.responses)
+    counts["input_tokens"] += sum(response.input_tokens for response in status.responses)
+    counts["output_tokens"] += sum(response.output_tokens for response in status.responses)
+
+
+def _log(cache: ResponseCache, text: str) -> None:
+    """Append a line with the time to the log beside the response cache."""
+    with cache.path.with_suffix(".log").open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")

@@ -1,0 +1,1 @@
+"""Training: packed sequences become model checkpoints (the M-step), and the base model."""

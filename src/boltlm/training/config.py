@@ -1,0 +1,196 @@
+"""The settings of a training run, and of the stage `train`."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from boltlm.errors import UserError
+from boltlm.params import (
+    EntryName,
+    EntryPath,
+    NonNegativeInt,
+    Overlay,
+    PositiveInt,
+    Precision,
+    from_key,
+    require_positive,
+)
+from boltlm.sequences.layouts import SequenceConfig, SequenceFormat
+from boltlm.tokens import SPECIAL_TOKENS
+from boltlm.training.schedules import ScheduleConfig
+
+# Settings of how a training run is executed and observed. They change its numbers by rounding at
+# most, so a run can be resumed after they were changed.
+EXECUTION_FIELDS = (
+    "micro_batch_size",
+    "activation_checkpointing",
+    "compile",
+    "log_every",
+    "checkpoint_every",
+    "validation",
+    "log_live",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Validation during training: every `every` steps, on the first `documents` held-out
+    documents, with `k_samples` latents for each chunk."""
+
+    every: int
+    documents: int
+    k_samples: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every", "documents", "k_samples")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Sections `train`, `base.train` and `finetune.train` of params.yaml.
+
+    `batch_size`: sequences in a step, over all processes; `micro_batch_size`: sequences in one
+    forward and backward pass of a process (None: all of the process's part of the batch).
+    `optimizer: muon` updates the matrices of the transformer layers by Muon and all other
+    parameters by AdamW. `precision`: of the matrix products; weights are float32.
+    `log_every`, `checkpoint_every`: steps. `log_live`: send each line of the log to MLflow at once.
+    """
+
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    batch_size: int
+    micro_batch_size: int | None
+    precision: Precision
+    activation_checkpointing: bool
+    compile: bool
+    schedule: ScheduleConfig
+    log_every: int
+    checkpoint_every: int
+    validation: ValidationConfig | None
+    log_live: bool
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "learning_rate", "max_grad_norm", "batch_size", "micro_batch_size", "log_every"
+        )
+        require_positive(self, "checkpoint_every", "eps")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(
+                f"beta1 and beta2 must be in [0, 1), found {self.beta1} and {self.beta2}"
+            )
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay must be 0 or more, found {self.weight_decay}")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on, JSON-ready."""
+        return {name: value for name, value in asdict(self).items() if name not in EXECUTION_FIELDS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingBudget:
+    """How long to train (docs/method.md, section 7): `amount` epochs of `data`, tokens, or steps.
+
+    `flop_matched_epochs`: as many tokens as `amount` epochs of `data` have in the latent format,
+    whatever the format of the run is; this is the FLOP-matched baseline.
+    """
+
+    kind: Literal["epochs", "tokens", "steps", "flop_matched_epochs"]
+    amount: int
+
+    def __post_init__(self) -> None:
+        if self.amount < 1:
+            raise UserError(f"amount must be 1 or more, found {self.amount}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEntry:
+    """An entry `models.<name>` of params.yaml.
+
+    `parent`: the model whose weights the run starts from; `data`: the folder under `data/` with
+    the latents or the paraphrases (a raw run names its documents, or the latents whose number of
+    tokens it matches); `mix_raw`: the fraction of the tokens that are raw documents of
+    `mix_corpus`; `train`: changes to the section `train`.
+    """
+
+    parent: Annotated[str, EntryName("models", "base")]
+    corpus: Annotated[str, EntryName("corpora")]
+    data: Annotated[str, EntryPath(teacher="teachers", latents="latents", split="corpora")]
+    format: SequenceFormat
+    mix_raw: float
+    mix_corpus: Annotated[str, EntryName("corpora")]
+    budget: TrainingBudget
+    train: Annotated[TrainConfig, Overlay("train")]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mix_raw < 1:
+            raise UserError(f"mix_raw must be in [0, 1), found {self.mix_raw}")
+        if self.mix_raw and self.format == "raw" and self.mix_corpus == self.corpus:
+            raise UserError(
+                "mix_raw must be 0 where the format is raw and mix_corpus is the run's own corpus,"
+                f" found {self.mix_raw}"
+            )
+        if self.budget.kind == "flop_matched_epochs" and self.format == "paraphrase":
+            raise UserError(
+                "budget.kind flop_matched_epochs needs latents in `data`, but the format is"
+                " paraphrase"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    """Everything that the stage `train` reads from params.yaml for the model `name`."""
+
+    name: str
+    seed: NonNegativeInt
+    context_chunks: NonNegativeInt
+    max_latent_tokens: PositiveInt
+    sequences: SequenceConfig
+    model: ModelEntry = from_key("models.{name}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Section `base` with `kind: pretrain`: the sizes of the Llama, and its training on raw text.
+
+    `context_length` and `sequence_length`: tokens. `vocab_size` includes the special tokens.
+    """
+
+    kind: Literal["pretrain"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    context_length: int
+    epochs: int
+    sequence_length: int
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "hidden_size", "num_layers", "num_heads", "intermediate_size", "epochs"
+        )
+        if not 2 <= self.sequence_length <= self.context_length:
+            raise UserError(
+                f"sequence_length must be from 2 to context_length ({self.context_length}),"
+                f" found {self.sequence_length}"
+            )
+        min_vocab_size = 256 + len(SPECIAL_TOKENS) + 2
+        if self.vocab_size < min_vocab_size:
+            raise UserError(
+                f"vocab_size must be {min_vocab_size} or more, because every byte has a token,"
+                f" found {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Section `base` with `kind: checkpoint`: a model in Hugging Face format, by hub name or
+    path."""
+
+    kind: Literal["checkpoint"]
+    model: str

@@ -1,0 +1,111 @@
+"""Packs, trains and publishes: what the stages `base` and `train` have in common."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from boltlm import checkpoint
+from boltlm.sequences.packing import (
+    open_packed,
+    packing_stats,
+)
+from boltlm.shard_store import exclusive_lock
+from boltlm.training import checkpointing, distributed
+from boltlm.training.checkpointing import PREDECAY_FILE, CheckpointManager
+from boltlm.training.config import TrainConfig
+from boltlm.training.continual import (
+    OPTIMIZER_FILE,
+    ContinualState,
+)
+from boltlm.training.metrics_logger import LineLogger
+from boltlm.training.trainer import TrainResult, ValidationHook, model_weights, train_model
+
+FINAL_FOLDER, PREDECAY_FOLDER = "final", "predecay"  # of a model of the schedule `wsd`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingJob:
+    """A training run with its inputs prepared, as `train_and_publish` executes it.
+
+    `work`: the folder of its packed sequences and checkpoints, named by all that they depend on;
+    `tokenizer`: the folder whose tokenizer is published with the model; `out`, `csv`, `timing`: as
+    in TrainPaths; `facts`: recorded with the model, besides the counts of its sequences;
+    `publish_predecay`: whether the state before the decay is published too.
+    """
+
+    what: str
+    config: TrainConfig
+    seed: int
+    sequence_length: int
+    work: Path
+    tokenizer: Path
+    out: Path
+    csv: Path
+    timing: Path
+    facts: Mapping[str, Any]
+    publish_predecay: bool
+    continual: ContinualState | None = None
+
+
+def train_and_publish(
+    job: TrainingJob,
+    *,
+    pack: Callable[[Path], object],
+    load_model: Callable[[], PreTrainedModel],
+    validation_hook: ValidationHook | None = None,
+    line_logger: LineLogger | None = None,
+) -> None:
+    """Pack the training sequences, train, write the model to its output folder, and then remove
+    the unfinished work.
+
+    `pack` writes the sequences into the folder of unfinished work, in the main process;
+    `load_model` returns the model to train. Must be called in every process.
+    """
+    process = distributed.process_state()
+    with exclusive_lock(job.work, job.what, acquire=process.is_main_process):
+        if process.is_main_process:
+            pack(job.work)
+        process.wait_for_everyone()
+        dataset = open_packed(job.work, job.sequence_length, job.seed)
+        checkpoint.keep_freed_memory()
+        model = load_model()
+        checkpoints = CheckpointManager(job.work, job.config.checkpoint_every, job.what)
+        result = train_model(
+            model,
+            dataset,
+            job.config,
+            seed=job.seed,
+            csv_path=job.csv,
+            what=job.what,
+            checkpoints=checkpoints,
+            continual=job.continual,
+            validation_hook=validation_hook,
+            line_logger=line_logger,
+            timing_path=job.timing,
+        )
+        if process.is_main_process:
+            _publish(job, model, result)
+            checkpoints.clear()
+        process.wait_for_everyone()
+
+
+def _publish(job: TrainingJob, model: PreTrainedModel, result: TrainResult) -> None:
+    """Write the trained model and, where it is wanted, the state before the decay beside it."""
+    stats = packing_stats(job.work)
+    facts = {**stats, **job.facts, "steps": result.steps, "tokens": result.tokens}
+    # Of an earlier run with another schedule; `final` would be taken for this run's weights.
+    for name in (FINAL_FOLDER, PREDECAY_FOLDER):
+        shutil.rmtree(job.out / name, ignore_errors=True)
+    folder = job.out / FINAL_FOLDER if job.publish_predecay else job.out
+    checkpoint.save_model(model, folder, job.tokenizer, facts, result.weights)
+    if job.publish_predecay:
+        state = checkpointing.read_state(job.work / PREDECAY_FILE)
+        facts |= {"steps": state["steps"], "tokens": state["tokens"]}
+        weights = model_weights(state["model"])
+        folder = job.out / PREDECAY_FOLDER
+        checkpoint.save_model(model, folder, job.tokenizer, facts, weights)
+        checkpointing.write_state(folder / OPTIMIZER_FILE, state["optimizers"])

@@ -1,0 +1,218 @@
+"""Draws come from the model's own distribution, and do not depend on the rest of the batch.
+
+Shapes: L positions, V vocabulary.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from boltlm.estep import kv_cache, samplers
+from boltlm.estep.kv_cache import batch_by_length
+from boltlm.estep.samplers import Draw, SampleKey, TransformersSampler
+from boltlm.estep.scoring import token_log_probs
+from tests import reference
+from tests.tiny import ORDINARY, Tiny
+
+MAX_LATENT_TOKENS = 4
+PROMPTS = [[2, 1], [2], [2, 4, 4, 7, 1, 3, 6], [2, 7, 3, 8], [2, 1, 1, 4]]
+KEYS: list[SampleKey] = [("draws", "doc", i) for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def sampler(enumerable: Tiny) -> TransformersSampler:
+    return TransformersSampler(
+        enumerable.model, enumerable.special_tokens, MAX_LATENT_TOKENS, 100_000, seed=1
+    )
+
+
+@pytest.fixture(scope="module")
+def draws(sampler: TransformersSampler) -> list[list[Draw]]:
+    return sampler.sample(PROMPTS, KEYS, 600)
+
+
+def content(groups: list[list[Draw]]) -> list[list[tuple[tuple[int, ...], str]]]:
+    return [[(draw.tokens, draw.finish) for draw in group] for group in groups]
+
+
+def test_log_q_is_the_score_of_what_was_drawn(enumerable: Tiny, draws: list[list[Draw]]) -> None:
+    """log w subtracts log q from scores: both must cover the same tokens, the last one included."""
+    end_tokens = {"stop": enumerable.special_tokens.eol, "eos": enumerable.special_tokens.eos}
+    for prompt, group in zip(PROMPTS, draws, strict=True):
+        ended = [draw for draw in group if draw.finish in end_tokens][:100]
+        branches = [[*draw.tokens, end_tokens[draw.finish]] for draw in ended]
+        assert {draw.finish for draw in ended} == set(end_tokens)
+        (log_probs,) = token_log_probs(enumerable.model, [prompt], [branches], 100_000)
+        for draw, log_probs_L in zip(ended, log_probs, strict=True):
+            assert draw.log_q == pytest.approx(log_probs_L.sum(), abs=1e-4)
+
+
+def test_every_finish_reason_occurs(enumerable: Tiny, draws: list[list[Draw]]) -> None:
+    """Only `stop` is a latent. A special token, EoL or EOS inside a latent would violate the token
+    grammar."""
+    m = enumerable.special_tokens
+    flat = [draw for group in draws for draw in group]
+    assert {draw.finish for draw in flat} == {"stop", "length", "eos", "special"}
+    for draw in flat:
+        assert not set(draw.tokens) & {m.bos, m.eos, m.sol, m.eol, m.prior, m.post}
+        assert len(draw.tokens) <= MAX_LATENT_TOKENS
+        assert draw.finish != "length" or len(draw.tokens) == MAX_LATENT_TOKENS
+    lengths = {len(draw.tokens) for draw in flat if draw.finish == "stop"}
+    assert lengths == set(range(MAX_LATENT_TOKENS + 1))
+
+
+def test_finish_reasons_have_the_models_probabilities(
+    enumerable: Tiny, sampler: TransformersSampler
+) -> None:
+    """The length limit applies to the latent without EoL: an off-by-one error there changes these
+    probabilities."""
+    m, model64 = enumerable.special_tokens, reference.double(enumerable.model)
+    probability = dict.fromkeys(["stop", "eos", "special", "length"], 0.0)
+    for latent in reference.latents(ORDINARY, MAX_LATENT_TOKENS):
+        log_prob = reference.log_probs(model64, PROMPTS[2], latent).sum() if latent else 0.0
+        probs_V = np.exp(log_prob) * reference.next_probs(model64, [*PROMPTS[2], *latent])
+        probability["stop"] += probs_V[m.eol]
+        probability["eos"] += probs_V[m.eos]
+        probability["special"] += probs_V[[m.bos, m.sol, m.prior, m.post]].sum()
+        probability["length"] += (
+            probs_V[list(ORDINARY)].sum() if len(latent) == MAX_LATENT_TOKENS else 0.0
+        )
+    assert sum(probability.values()) == pytest.approx(1)
+    (group,) = sampler.sample([PROMPTS[2]], [("shares",)], 6000)
+    counts = Counter(draw.finish for draw in group)
+    expected = [p * len(group) for p in probability.values()]
+    assert reference.chi2([counts[reason] for reason in probability], expected) > 1e-4
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:3])
+def test_first_tokens_have_the_models_probabilities(
+    enumerable: Tiny, sampler: TransformersSampler, prompt: list[int]
+) -> None:
+    """Temperature 1, no top-k, no top-p: χ² test of 5,000 draws against the softmax, level 10⁻⁴."""
+    (group,) = sampler.sample([prompt], [("first", *prompt)], 5000)
+    counts = Counter(draw.tokens[0] if draw.tokens else draw.finish for draw in group)
+    m = enumerable.special_tokens
+    probs_V = reference.next_probs(reference.double(enumerable.model), prompt)
+    outcomes = [*ORDINARY, "stop", "eos", "special"]
+    special = probs_V[[m.bos, m.sol, m.prior, m.post]].sum()
+    probs = np.array([*probs_V[list(ORDINARY)], probs_V[m.eol], probs_V[m.eos], special])
+    assert reference.chi2([counts[outcome] for outcome in outcomes], probs * len(group)) > 1e-4
+
+
+def test_draws_of_a_prompt_are_independent(enumerable: Tiny, sampler: TransformersSampler) -> None:
+    """A random number that is used for two draws, or for two steps, would show as a correlation: of
+    the second token with the first, or of a draw with the previous one."""
+    (group,) = sampler.sample([PROMPTS[0]], [("pairs",)], 6000)
+    first_tokens = [draw.tokens[0] if draw.tokens else -1 for draw in group]
+    pairs = Counter(zip(first_tokens[::2], first_tokens[1::2], strict=True))
+    table = np.array([[pairs[a, b] for b in ORDINARY] for a in ORDINARY])
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    statistic = ((table - expected) ** 2 / expected).sum()
+    assert stats.chi2.sf(statistic, df=4) > 1e-4
+    model64 = reference.double(enumerable.model)
+    for first in ORDINARY:
+        matching = [draw for draw in group if draw.tokens[:1] == (first,)]
+        probs_V = reference.next_probs(model64, [*PROMPTS[0], first])
+        counts = Counter(draw.tokens[1] for draw in matching if len(draw.tokens) > 1)
+        observed = [counts[token] for token in ORDINARY]
+        expected = [probs_V[token] * len(matching) for token in ORDINARY]
+        others = len(matching) - np.array([sum(observed), sum(expected)])
+        assert reference.chi2([*observed, others[0]], [*expected, others[1]]) > 1e-4
+
+
+def test_draws_do_not_depend_on_the_batch(
+    sampler: TransformersSampler, draws: list[list[Draw]]
+) -> None:
+    """docs/method.md, 2.5: alone, together, in another order or in other batches, a chunk has the
+    same draws."""
+    together = [group[:40] for group in draws]
+    alone = [sampler.sample([p], [k], 40)[0] for p, k in zip(PROMPTS, KEYS, strict=True)]
+    assert content(alone) == content(together)
+    reordered = sampler.sample(PROMPTS[::-1], KEYS[::-1], 40)[::-1]
+    assert content(reordered) == content(together)
+    for batch_tokens in (1, 700):
+        small = replace(sampler, batch_tokens=batch_tokens).sample(PROMPTS, KEYS, 40)
+        assert content(small) == content(together)
+        for group, other in zip(small, together, strict=True):
+            np.testing.assert_allclose(
+                [draw.log_q for draw in group], [draw.log_q for draw in other], atol=1e-5
+            )
+
+
+def test_a_larger_k_extends_a_smaller_one(
+    sampler: TransformersSampler, draws: list[list[Draw]]
+) -> None:
+    """K = 4 gives the first four draws of K = 8, so studies over K share their draws."""
+    for num_samples in (1, 3):
+        fewer = sampler.sample(PROMPTS, KEYS, num_samples)
+        assert content(fewer) == content([group[:num_samples] for group in draws])
+
+
+def test_keys_and_seeds_give_other_draws(sampler: TransformersSampler) -> None:
+    """The same prompt under another key, or with another seed, has other draws."""
+    key: SampleKey = ("a",)
+    (first,) = sampler.sample([PROMPTS[0]], [key], 30)
+    (rekeyed,) = sampler.sample([PROMPTS[0]], [("b",)], 30)
+    (reseeded,) = replace(sampler, seed=2).sample([PROMPTS[0]], [key], 30)
+    assert len({tuple(map(str, group)) for group in (first, rekeyed, reseeded)}) == 3
+    assert len(set(first)) > 3
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_is_an_argmax_loop(
+    enumerable: Tiny, sampler: TransformersSampler, prompt: list[int]
+) -> None:
+    """Greedy decoding takes the most probable token at each step, until a stop token."""
+    model64, m = reference.double(enumerable.model), enumerable.special_tokens
+    tokens: list[int] = []
+    while True:
+        best = int(reference.next_probs(model64, [*prompt, *tokens]).argmax())
+        if best not in ORDINARY or len(tokens) == MAX_LATENT_TOKENS:
+            break
+        tokens.append(best)
+    ((draw,),) = replace(sampler, greedy=True).sample([prompt], [("greedy",)], 1)
+    assert draw.tokens == tuple(tokens)
+    assert draw.finish == (
+        "length" if best in ORDINARY else {m.eol: "stop", m.eos: "eos"}.get(best, "special")
+    )
+
+
+@pytest.mark.parametrize(("spare_tokens", "min_active_fraction"), [(1, 0.7), (32, 0.0), (32, 1.1)])
+def test_cache_allocation_changes_nothing(
+    spare_tokens: int,
+    min_active_fraction: float,
+    sampler: TransformersSampler,
+    draws: list[list[Draw]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Caches that are reallocated at every step; finished rows that are never removed from the
+    batch, or always at once."""
+    monkeypatch.setattr(kv_cache, "SPARE_TOKENS", spare_tokens)
+    monkeypatch.setattr(samplers, "MIN_ACTIVE_FRACTION", min_active_fraction)
+    again = sampler.sample(PROMPTS, KEYS, 600)
+    assert content(again) == content(draws)
+    for group, expected_group in zip(again, draws, strict=True):
+        for draw, expected in zip(group, expected_group, strict=True):
+            assert draw.log_q == pytest.approx(expected.log_q, abs=1e-5)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=25),
+    batch_tokens=st.integers(1, 400),
+)
+def test_batches_hold_every_prompt_once_and_fit(
+    sizes: list[tuple[int, int]], batch_tokens: int
+) -> None:
+    """A batch that exceeds its budget may not fit into memory; a prompt in no batch has no draw."""
+    lengths, copies = [length for length, _ in sizes], [count for _, count in sizes]
+    batches = batch_by_length(lengths, copies, batch_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(sizes)))
+    for batch in batches:
+        max_length = max(lengths[index] for index in batch)
+        rows = sum(copies[index] for index in batch)
+        assert len(batch) == 1 or rows * max_length <= batch_tokens

@@ -1,0 +1,135 @@
+"""The E-step over a corpus: the same samples whatever the shards, interruptions and reruns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from boltlm.estep.estep import ChunkInContext, EStep
+from boltlm.estep.samplers import TransformersSampler
+from boltlm.records import Chunk, Sample, read_shard, read_table
+from tests.estep.stage_harness import DOCUMENTS, LatentsStage, content, small_params
+
+
+@pytest.fixture(scope="module")
+def one_shard(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> LatentsStage:
+    """All documents in one shard."""
+    stage = LatentsStage(tmp_path_factory.mktemp("one-shard"), base_folder, 100)
+    stage.run()
+    return stage
+
+
+def test_every_chunk_has_k_samples(one_shard: LatentsStage) -> None:
+    """K samples of each chunk in reading order, and no others."""
+    chunks = list(read_table(one_shard.chunks, Chunk))
+    assert len({chunk.doc_id for chunk in chunks}) == DOCUMENTS
+    assert [(s.doc_id, s.chunk, s.sample) for s in one_shard.samples()] == [
+        (chunk.doc_id, chunk.chunk, k) for chunk in chunks for k in range(3)
+    ]
+
+
+@pytest.mark.parametrize("shard_documents", [1, 3])
+def test_samples_do_not_depend_on_the_shards(
+    one_shard: LatentsStage, base_folder: Path, tmp_path: Path, shard_documents: int
+) -> None:
+    """docs/method.md, 2.5 and 4.4: the size of a shard is no part of the experiment."""
+    stage = LatentsStage(tmp_path, base_folder, shard_documents)
+    metrics, _ = stage.run()
+    assert content(stage.samples()) == content(one_shard.samples())
+    assert len(list(stage.out.iterdir())) == -(-DOCUMENTS // shard_documents)
+    for path in sorted(stage.out.iterdir()):
+        doc_ids = {chunk.doc_id for chunk in read_shard(stage.chunks / path.name, Chunk)}
+        assert {sample.doc_id for sample in read_shard(path, Sample)} == doc_ids
+    assert metrics["samples"] == 3 * metrics["chunks"] == len(one_shard.samples())
+
+
+def test_an_interrupted_stage_resumes(
+    one_shard: LatentsStage, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards are complete when it is interrupted; the next run processes the third, and the
+    result is that of an uninterrupted run."""
+    stage = LatentsStage(tmp_path, base_folder, 3)
+    processed: list[set[str]] = []
+    run = EStep.run
+
+    def interrupted_run(
+        self: EStep, chunks: Sequence[ChunkInContext], num_samples: int, previous: Any
+    ) -> list[list[Sample]]:
+        processed.append({chunk.doc_id for chunk in chunks})
+        if len(processed) == 3:
+            raise KeyboardInterrupt
+        return run(self, chunks, num_samples, previous)
+
+    monkeypatch.setattr(EStep, "run", interrupted_run)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run()
+    metrics, _ = stage.run()
+    assert len(processed) == 4
+    assert processed[3] == processed[2]
+    assert content(stage.samples()) == content(one_shard.samples())
+    assert metrics["chunks"] == len(one_shard.samples()) / 3
+    stage.run()
+    assert len(processed) == 4
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"max_latent_tokens": 5}, {"context_chunks": 0}])
+def test_other_settings_do_not_reuse_shards(
+    base_folder: Path, tmp_path: Path, change: dict[str, int]
+) -> None:
+    """Shards that were drawn with another seed, length limit or context must not be reused; with
+    the first settings again, the first shards are."""
+    stage = LatentsStage(tmp_path, base_folder, 100)
+    first_metrics, first_timing = stage.run()
+    first = stage.samples()
+    stage.params |= change
+    stage.run()
+    second = stage.samples()
+    assert content(second) != content(first)
+    stage.params |= {key: small_params()[key] for key in change}
+    metrics, timing = stage.run()
+    assert metrics == pytest.approx(first_metrics, nan_ok=True)
+    assert stage.samples()[0].log_q == first[0].log_q
+    assert first_timing.keys() == {
+        "seconds",
+        "sampled_tokens_per_second",
+        "scored_tokens_per_second",
+        "sampling_time_fraction",
+    }
+    assert timing == {}, "no draws were made, so there is nothing that was measured"
+
+
+def test_another_k_reuses_existing_draws(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After K = 3, K = 5 draws two more per chunk and K = 2 none; both equal a new run with that
+    K."""
+    calls: list[tuple[int, int]] = []
+    sample = TransformersSampler.sample
+
+    def recorded_sample(
+        self: Any, prompts: Any, keys: Any, num_samples: int, first_index: int = 0
+    ) -> Any:
+        calls.append((first_index, num_samples))
+        return sample(self, prompts, keys, num_samples, first_index)
+
+    monkeypatch.setattr(TransformersSampler, "sample", recorded_sample)
+    stage = LatentsStage(tmp_path / "reused", base_folder, 100)
+    stage.run()
+    three = stage.samples()
+    stage.params["k_samples"] = 5
+    stage.run()
+    five = stage.samples()
+    stage.params["k_samples"] = 2
+    _, timing = stage.run()
+    assert timing == {}
+    two = stage.samples()
+    assert calls == [(0, 3), (3, 2)]
+    assert [(s.tokens, s.log_q) for s in five if s.sample < 3] == [
+        (s.tokens, s.log_q) for s in three
+    ]
+    for k, samples in ((5, five), (2, two)):
+        new = LatentsStage(tmp_path / f"new{k}", base_folder, 100)
+        new.params["k_samples"] = k
+        new.run()
+        assert content(new.samples()) == content(samples)

@@ -1,0 +1,54 @@
+"""The role of each model follows from params.yaml, whatever the models are called."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from boltlm.errors import UserError
+from boltlm.reporting.arms import em_chain, experiment_arms
+from tests.reporting.experiment import chain_params, model, report_params, report_settings
+
+LAPTOP = ("warmstart", "em1", "em2", "em3", "em4")
+RENAMED = ("gpt", "first", "second")
+
+
+@pytest.mark.parametrize("chain", [LAPTOP, LAPTOP[:3], RENAMED])
+def test_the_chain_follows_from_which_model_sampled_which_latents(chain: Sequence[str]) -> None:
+    arms = experiment_arms(report_settings(chain_params(chain)))
+    assert [arm.name for arm in em_chain(arms)] == list(chain)
+    assert [arm.iteration for arm in em_chain(arms)] == list(range(len(chain)))
+    others = {arm.name: (arm.role, arm.generator) for arm in arms if arm.name not in chain}
+    assert others == {
+        "plain": ("raw", None),
+        "mix": ("other", chain[0]),
+        "taught": ("teacher", None),
+        "frozen_em": ("frozen", chain[0]),
+    }
+
+
+def test_of_equally_long_chains_the_first_in_params_is_taken() -> None:
+    params = chain_params(LAPTOP[:2])
+    chain = em_chain(experiment_arms(report_settings(params)))
+    assert [arm.name for arm in chain] == ["warmstart", "em1"]
+    params["models"] = dict(reversed(params["models"].items()))
+    chain = em_chain(experiment_arms(report_settings(params)))
+    assert [arm.name for arm in chain] == ["warmstart", "frozen_em"]
+
+
+def test_without_sampled_latents_there_is_no_chain() -> None:
+    params = report_params({"a": model("teacher/some"), "b": model("split/em", "raw")}, {})
+    arms = experiment_arms(report_settings(params))
+    assert [arm.role for arm in arms] == ["teacher", "raw"]
+
+
+def test_models_that_sample_for_each_other_are_refused_by_name() -> None:
+    models = {"a": model("latents/x"), "b": model("latents/y")}
+    params = report_params(models, {"x": "b", "y": "a"})
+    with pytest.raises(UserError, match="a ← b ← a"):
+        experiment_arms(report_settings(params))
+
+
+def test_latents_that_do_not_exist_are_refused_by_name() -> None:
+    params = report_params({"a": model("latents/x")}, {})
+    with pytest.raises(UserError, match="latents/x"):
+        report_settings(params)

@@ -1,0 +1,373 @@
+"""A mock of OpenAI's API: chat completions, Files and Batches as its documentation describes them.
+
+    python tests/teachers/server.py --state DIR [--port N] [--delay SECONDS] [--idempotent]
+
+It writes the port on which it listens to DIR/port. Its state (files, batches, how often each
+request was answered) is in DIR/state.sqlite, so it can be killed and started again. With
+--idempotent it honours Idempotency-Key: a key that it has answered gets the same response again.
+The table `faults` lists, for each endpoint, what goes wrong with the next requests to it; each row
+is used once. The table `events` counts received requests and responses; from the number in
+`hold` on, requests are processed but their responses are held back. The response to a request is a
+function of its messages.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+KEY = "sk-test-key"
+POLLS = 2  # how often a batch must be looked up until it ends
+TABLES = """
+create table if not exists files (id text primary key, content blob);
+create table if not exists batches (id text primary key, facts text, polls integer, fault text);
+create table if not exists answered (digest text primary key, count integer);
+create table if not exists faults (endpoint text, fault text);
+create table if not exists replies (idempotency_key text primary key, body text);
+create table if not exists events (event text);
+create table if not exists hold (num_events integer);
+"""
+USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+
+
+def digest(body: dict[str, Any]) -> str:
+    """A digest of a request's model and messages."""
+    text = json.dumps({name: body[name] for name in ("model", "messages")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
+    """A chat completion; some faults make it unusable, others are oddities of some servers."""
+    text = f"The passage rests on fact {digest(body)[:12]}. It follows."
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    finish_reasons = {"length": "length", "foreign": "eos_token", "abort": "abort"}
+    contents = {
+        "empty": "  ",
+        "apology": "I'm sorry, but I can't help with that.",
+        "surrogate": f"{text} \ud83d",
+        "separator": f"{text} One\u2028two\x85three.",
+        "special": f"{text} <|latent|>",
+    }
+    if fault == "refused":
+        message |= {"content": None, "refusal": "I will not."}
+    elif fault in contents:
+        message["content"] = contents[fault]
+    choice = {"index": 0, "message": message, "finish_reason": finish_reasons.get(fault, "stop")}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [{**choice, "logprobs": None}],
+        "usage": USAGE,
+        "service_tier": "on_demand" if fault == "foreign" else "default",
+    }
+
+
+def error_response(
+    status: int, message: str, code: str | None = None, **headers: str
+) -> web.Response:
+    error = {"message": message, "type": "error", "param": None, "code": code}
+    return web.json_response({"error": error}, status=status, headers=headers)
+
+
+class MockAPI:
+    """The state and the endpoints."""
+
+    def __init__(self, state: Path, delay: float, idempotent: bool) -> None:
+        self.delay, self.idempotent = delay, idempotent
+        self.db = sqlite3.connect(state / "state.sqlite", timeout=60, isolation_level=None)
+        self.db.execute("pragma journal_mode = wal")
+        self.db.execute("pragma synchronous = off")
+        self.db.executescript(TABLES)
+        self.models = {"gpt-4o-mini-2024-07-18"}
+        self.in_progress: set[str] = set()  # by Idempotency-Key
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=300_000_000, middlewares=[self._middleware()])
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self.chat),
+                web.post("/v1/files", self.upload),
+                web.get("/v1/files/{id}/content", self.content),
+                web.post("/v1/batches", self.create),
+                web.get("/v1/batches", self.list_batches),
+                web.get("/v1/batches/{id}", self.retrieve),
+            ]
+        )
+        return app
+
+    def _middleware(self) -> Middleware:
+        @web.middleware
+        async def record_and_authenticate(
+            request: web.Request, handler: Handler
+        ) -> web.StreamResponse:
+            self.db.execute("insert into events values ('received')")
+            if request.headers.get("Authorization") != f"Bearer {KEY}":
+                message = "Incorrect API key provided: sk-te**key"
+                return error_response(401, message, "invalid_api_key")
+            response = await handler(request)
+            self.db.execute("insert into events values ('responded')")
+            while self.is_holding():
+                await asyncio.sleep(0.01)
+            return response
+
+        return record_and_authenticate
+
+    def is_holding(self) -> bool:
+        query = "select (select count(*) from events) >= (select min(num_events) from hold)"
+        return bool(self.db.execute(query).fetchone()[0])
+
+    def next_fault(self, endpoint: str) -> str:
+        """The next fault of an endpoint, which is used up, or an empty string."""
+        row = self.db.execute(
+            "delete from faults where rowid = (select min(rowid) from faults where endpoint = ?)"
+            " returning fault",
+            (endpoint,),
+        ).fetchone()
+        return row[0] if row else ""
+
+    async def failure(self, fault: str, request: web.Request) -> web.StreamResponse | None:
+        """The response that a fault causes instead of the normal one; None where it does not."""
+        if fault == "429":
+            return error_response(
+                429, "slow down", "rate_limit_exceeded", **{"Retry-After": "0.05"}
+            )
+        if fault == "quota":
+            return error_response(429, "You exceeded your current quota", "insufficient_quota")
+        if fault in ("500", "400"):
+            return error_response(int(fault), "this went wrong")
+        if fault == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        if fault == "timeout":
+            await asyncio.sleep(3600)
+        if fault == "malformed":
+            return web.Response(text='{"choices": [', content_type="application/json")
+        return None
+
+    def charge(self, bodies: Iterable[dict[str, Any]]) -> None:
+        """Count that these requests were answered, and so have to be paid for."""
+        self.db.execute("begin")
+        self.db.executemany(
+            "insert into answered values (?, 1) on conflict do update set count = count + 1",
+            ((digest(body),) for body in bodies),
+        )
+        self.db.execute("commit")
+
+    # Chat completions
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["model"] not in self.models:
+            return error_response(404, "The model does not exist", "model_not_found")
+        key = request.headers.get("Idempotency-Key") if self.idempotent else None
+        if key in self.in_progress:
+            return error_response(409, "this request is in progress")
+        saved = self.db.execute(
+            "select body from replies where idempotency_key = ?", (key,)
+        ).fetchone()
+        if saved is not None:
+            return web.Response(text=saved[0], content_type="application/json")
+        fault = self.next_fault("chat")
+        if (failure := await self.failure(fault, request)) is not None:
+            return failure
+        if key is not None:
+            self.in_progress.add(key)
+        await asyncio.sleep(self.delay)
+        self.charge([body])
+        reply = json.dumps(completion(body, fault))
+        if key is not None:
+            self.db.execute("insert into replies values (?, ?)", (key, reply))
+            self.in_progress.discard(key)
+        return web.Response(text=reply, content_type="application/json")
+
+    # Files
+
+    async def upload(self, request: web.Request) -> web.StreamResponse:
+        form = await request.post()
+        assert form["purpose"] == "batch"
+        content = form["file"].file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        if (failure := await self.failure(self.next_fault("upload"), request)) is not None:
+            return failure
+        return web.json_response(self.create_file(content))
+
+    def create_file(self, content: bytes) -> dict[str, Any]:
+        unique = content + str(time.time_ns()).encode()
+        file_id = f"file-{hashlib.sha256(unique).hexdigest()[:16]}"
+        self.db.execute("insert into files values (?, ?)", (file_id, content))
+        return {
+            "id": file_id,
+            "object": "file",
+            "bytes": len(content),
+            "created_at": 1,
+            "filename": "f",
+            "purpose": "batch",
+            "status": "processed",
+        }
+
+    async def content(self, request: web.Request) -> web.StreamResponse:
+        if (failure := await self.failure(self.next_fault("content"), request)) is not None:
+            return failure
+        row = self.db.execute(
+            "select content from files where id = ?", (request.match_info["id"],)
+        ).fetchone()
+        return web.Response(body=row[0]) if row else error_response(404, "no such file")
+
+    # Batches
+
+    async def create(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        fault = self.next_fault("create")
+        if fault in ("429", "500"):
+            failure = await self.failure(fault, request)
+            assert failure is not None
+            return failure
+        facts = {
+            "id": f"batch_{time.time_ns()}",
+            "object": "batch",
+            "endpoint": body["endpoint"],
+            "input_file_id": body["input_file_id"],
+            "completion_window": body["completion_window"],
+            "status": "validating",
+            "created_at": 1,
+            "metadata": body.get("metadata"),
+        }
+        row = (facts["id"], json.dumps(facts), self.next_fault("batch"))
+        self.db.execute("insert into batches values (?, ?, 0, ?)", row)
+        if fault == "reset":  # the batch exists, but its creator is not told
+            failure = await self.failure(fault, request)
+            assert failure is not None
+            return failure
+        return web.json_response(facts)
+
+    async def list_batches(self, request: web.Request) -> web.StreamResponse:
+        """A page of batches, newest first."""
+        rows = self.db.execute("select facts from batches order by rowid desc").fetchall()
+        batches = [json.loads(facts) for (facts,) in rows]
+        if after := request.query.get("after"):
+            ids = [batch["id"] for batch in batches]
+            batches = batches[ids.index(after) + 1 :]
+        limit = int(request.query.get("limit", 20))
+        page = batches[:limit]
+        return web.json_response(
+            {
+                "object": "list",
+                "data": page,
+                "has_more": len(batches) > limit,
+                "first_id": page[0]["id"] if page else None,
+                "last_id": page[-1]["id"] if page else None,
+            }
+        )
+
+    async def retrieve(self, request: web.Request) -> web.StreamResponse:
+        if (failure := await self.failure(self.next_fault("poll"), request)) is not None:
+            return failure
+        row = self.db.execute(
+            "select facts, polls, fault from batches where id = ?", (request.match_info["id"],)
+        ).fetchone()
+        if row is None:
+            return error_response(404, "no such batch")
+        facts, polls, fault = json.loads(row[0]), row[1] + 1, row[2]
+        if facts["status"] in ("validating", "in_progress"):
+            facts["status"] = "in_progress"
+            if polls >= POLLS:
+                facts |= self.end_batch(facts, fault)
+            self.db.execute(
+                "update batches set facts = ?, polls = ? where id = ?",
+                (json.dumps(facts), polls, facts["id"]),
+            )
+        return web.json_response(facts)
+
+    def end_batch(self, facts: dict[str, Any], fault: str) -> dict[str, Any]:
+        """The final facts of a batch: completed, unless its fault says otherwise."""
+        if fault in ("too many tokens", "invalid"):
+            code = "token_limit_exceeded" if fault == "too many tokens" else "invalid_request"
+            message = "Enqueued token limit reached" if fault == "too many tokens" else "bad line"
+            errors = {"object": "list", "data": [{"code": code, "message": message}]}
+            return {"status": "failed", "errors": errors}
+        (content,) = self.db.execute(
+            "select content from files where id = ?", (facts["input_file_id"],)
+        ).fetchone()
+        requests = [json.loads(line) for line in content.splitlines()]
+        done, failed = requests, []
+        if fault in ("expired", "cancelled"):
+            done, failed = requests[: len(requests) // 2], requests[len(requests) // 2 :]
+        elif fault == "missing":
+            done = requests[1:]
+        elif fault == "errors":
+            done, failed = requests[2:], requests[:2]
+        elif fault == "nothing":
+            done = []
+        self.charge(request["body"] for request in done)
+        output = [output_line(request, "" if i else fault) for i, request in enumerate(done)]
+        if fault == "duplicate":
+            output.append(output_line(done[0], ""))
+        if fault == "malformed":
+            output[0] = output[0][: len(output[0]) // 2]
+        errors = [error_line(request, fault) for request in failed]
+        return {
+            "status": fault if fault in ("expired", "cancelled") else "completed",
+            "output_file_id": self.lines_file(output),
+            "error_file_id": self.lines_file(errors),
+            "request_counts": {
+                "total": len(requests),
+                "completed": len(done),
+                "failed": len(failed),
+            },
+        }
+
+    def lines_file(self, lines: list[str]) -> str | None:
+        """The id of a new file with these lines; None where there are none."""
+        return self.create_file("\n".join(lines).encode())["id"] if lines else None
+
+
+def output_line(request: dict[str, Any], fault: str) -> str:
+    """A line of a batch's output file."""
+    body = completion(request["body"], fault)
+    response = {"status_code": 200, "request_id": "r", "body": body}
+    line = {"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}
+    return json.dumps(line, ensure_ascii=fault != "separator")
+
+
+def error_line(request: dict[str, Any], fault: str) -> str:
+    """A line of a batch's error file."""
+    line: dict[str, Any] = {"id": "b", "custom_id": request["custom_id"], "response": None}
+    if fault == "errors":
+        body = {"error": {"message": "overloaded"}}
+        return json.dumps(line | {"response": {"status_code": 500, "body": body}})
+    return json.dumps(line | {"error": {"code": f"batch_{fault}", "message": "not in time"}})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.0, help="before each completion")
+    parser.add_argument("--idempotent", action="store_true")
+    args = parser.parse_args()
+    api = MockAPI(args.state, args.delay, args.idempotent)
+
+    async def serve() -> None:
+        runner = web.AppRunner(api.application(), access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", args.port).start()
+        port = runner.addresses[0][1]
+        (args.state / "port.part").write_text(str(port))
+        (args.state / "port.part").replace(args.state / "port")
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The settings of teachers: wrong values are errors that name the key."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from boltlm.errors import UserError
+from tests.teachers.stage_harness import TeacherStage
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("openai", {"corpus": "emm"}, r"teachers\.t\.corpus must name an entry of corpora \(em\)"),
+        ("openai", {"task": "sum"}, r"teachers\.t\.task must be latent \| wrap_orig"),
+        ("openai", {"task": "solve"}, r"teachers\.t: paraphrases must be 1 or more, found 0"),
+        ("openai", {"max_attempts": 0}, r"teachers\.t\.max_attempts must be 1 or more"),
+        ("openai", {"max_output_tokens": "64"}, r"max_output_tokens must be of type int"),
+        ("openai", {"max_failed_fraction": 1.5}, r"max_failed_fraction must be between 0 and 1"),
+        ("openai", {"concurrency": 0}, r"concurrency must be 1 or more"),
+        ("openai", {"characters_per_token": 0}, r"characters_per_token must be above 0"),
+        ("openai", {"expected_output_tokens": 0}, r"expected_output_tokens must be 1 or more"),
+        ("openai", {"prices": {}}, r"missing key teachers\.t\.prices\.input_usd"),
+        ("openai_batch", {"max_requests_per_batch": 50_001}, r"must be at most 50000, found 50001"),
+        ("openai_batch", {"max_bytes_per_batch": 0}, r"max_bytes_per_batch must be 1 or more"),
+        ("openai_batch", {"concurrency": 4}, r"unknown key teachers\.t\.concurrency"),
+        ("vllm", {"max_cost_usd": 1.0}, r"unknown key teachers\.t\.max_cost_usd"),
+    ],
+)
+def test_wrong_values_are_refused(
+    kind: str,
+    changes: dict[str, Any],
+    message: str,
+    make_stage: Callable[..., TeacherStage],
+) -> None:
+    """Before anything is sent."""
+    stage = make_stage(documents=2)
+    assert stage.configure(kind, None).settings.name == "t"
+    with pytest.raises(UserError, match=message):
+        _ = stage.configure(kind, None, **changes).settings

@@ -1,0 +1,129 @@
+"""Requests: what the prompts contain, and what their keys depend on."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from boltlm.fingerprint import fingerprint
+from boltlm.records import Chunk, Document, read_table
+from boltlm.teachers.config import OpenAIChatConfig, TeacherConfig, VLLMTeacherConfig
+from boltlm.teachers.cost import Prices
+from boltlm.teachers.prompts import RequestBuilder, TeacherTask
+from tests.teachers.stage_harness import COMMON_KEYS, PRICES, TeacherStage
+
+MakeStage = Callable[..., TeacherStage]
+
+# Keys of requests under which responses were saved by earlier versions. They must not change.
+SAVED_KEYS: list[tuple[str, TeacherTask, list[str]]] = [
+    (
+        "openai",
+        "latent",
+        ["3979a5cb4b47ba3ea84f220d8af0c9d2", "22499869845869862c9f860148413ada"],
+    ),
+    (
+        "openai",
+        "wrap_orig",
+        ["51eada4c38becef98b1e319a8f874f4d", "bee7143d3e3afe11bd2dd1f8f5e8b749"],
+    ),
+    (
+        "openai",
+        "solve",
+        ["8df615ecbecf254c6a923de588478529", "475a0a461f45fa473fb680f7dd495f32"],
+    ),
+    (
+        "vllm",
+        "latent",
+        ["a8ee607278ad49e5f6c924135a489adb", "3f39fa3baf6de9b8345961d93680d6db"],
+    ),
+    (
+        "vllm",
+        "wrap_orig",
+        ["2ae7b7edc554243735277e7f32eaa470", "51e7bcc71cf7c42fef82d962b5e5c77c"],
+    ),
+    (
+        "vllm",
+        "solve",
+        ["ba0e8f45a5215c50c888ca70d736f74d", "7b089e3cff6b02a36d0a91a0b2e576f6"],
+    ),
+]
+# The fingerprints of the sampling facts, under which pending batches are saved.
+SAVED_TEACHERS = {
+    "openai": "88f8b54bfbe630481b7cc2410d132f5b",
+    "vllm": "0f383d42abbd8209f77e626fa8893db6",
+}
+
+
+def make_config(kind: str, task: TeacherTask) -> TeacherConfig:
+    common = {**COMMON_KEYS, "task": task, "paraphrases": 0 if task == "latent" else 2}
+    if kind == "vllm":
+        return VLLMTeacherConfig(
+            kind="vllm",
+            context_length=100,
+            gpu_memory_utilization=0.5,
+            request_batch_size=3,
+            **common,
+        )
+    return OpenAIChatConfig(
+        kind="openai",
+        base_url=None,
+        max_retries=4,
+        timeout_seconds=1.0,
+        expected_output_tokens=20,
+        characters_per_token=4.0,
+        max_cost_usd=1.0,
+        prices=Prices(**PRICES),
+        concurrency=4,
+        **common,
+    )
+
+
+@pytest.mark.parametrize(("kind", "task", "keys"), SAVED_KEYS)
+def test_responses_of_earlier_versions_are_found(
+    kind: str, task: TeacherTask, keys: list[str]
+) -> None:
+    """Keys are compared with literal values: responses that were paid for are found by them."""
+    config = make_config(kind, task)
+    texts = ("One and one are two. ", "Two and two are four.")
+    chunks = [Chunk(doc_id="d", chunk=i, text=text, tokens=(1,)) for i, text in enumerate(texts)]
+    document = Document(doc_id="d", text="".join(texts), source="t")
+    builder = RequestBuilder(
+        task=task,
+        sampling_facts=config.sampling_facts,
+        context_chunks=3,
+        paraphrases=config.paraphrases,
+        seed=1,
+    )
+    assert [request.key for request in builder.requests([document], chunks)] == keys
+    assert fingerprint(config.sampling_facts) == SAVED_TEACHERS[kind]
+
+
+def test_a_key_depends_on_all_that_the_response_depends_on(make_stage: MakeStage) -> None:
+    """Another model, temperature, length limit or context gives another key; what cannot change
+    the response does not."""
+    stage = make_stage().configure("openai", None)
+    keys = [request.key for request in stage.requests()]
+    for changes in ({"model": "m"}, {"temperature": 0.0}, {"max_output_tokens": 3}):
+        requests = stage.configure("openai", None, **changes).requests()
+        assert not set(keys) & {request.key for request in requests}
+    for changes in ({"concurrency": 9}, {"max_attempts": 9}, {"max_cost_usd": 9.0}, {"seed": 9}):
+        requests = stage.configure("openai", None, **changes).requests()
+        assert keys == [request.key for request in requests]
+    stage.params["context_chunks"] = 0
+    keys_without_context = [request.key for request in stage.configure("openai", None).requests()]
+    pairs = zip(keys, keys_without_context, strict=True)
+    assert [key == without_context for key, without_context in pairs] == [
+        chunk.chunk == 0 for chunk in read_table(stage.paths["chunks"], Chunk)
+    ]
+
+
+def test_prompts_contain_the_chunk_and_its_context(make_stage: MakeStage) -> None:
+    """No field of the template is left unfilled."""
+    stage = make_stage().configure("openai", None)
+    chunks = list(read_table(stage.paths["chunks"], Chunk))
+    for chunk, previous, request in zip(chunks[1:], chunks, stage.requests()[1:], strict=False):
+        text = json.dumps(request.messages, ensure_ascii=False)
+        assert chunk.text.strip() in text
+        if previous.doc_id == chunk.doc_id:
+            assert previous.text.strip() in text
+        assert "$" not in text

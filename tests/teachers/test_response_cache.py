@@ -1,0 +1,88 @@
+"""The response cache: files of earlier versions can be read, and no file is ever replaced."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from boltlm.errors import UserError
+from boltlm.teachers.response_cache import PendingBatch, ResponseCache, TeacherResponse
+
+# Tables as earlier versions created them; files with these tables exist.
+EXISTING_FILE = """
+create table answers (
+    key text, attempt integer, text text, finish text,
+    input_tokens integer, output_tokens integer, cost_usd real, model text, batch text,
+    at text default current_timestamp, primary key (key, attempt)) without rowid;
+create table batches (
+    token text primary key, asker text, file text, batch text, expected_usd real,
+    at text default current_timestamp);
+create table asked (
+    token text, key text, attempt integer, primary key (key, attempt)) without rowid;
+create index asked_token on asked (token);
+pragma user_version = 1;
+insert into answers values ('k', 0, '', 'length', 7, 64, 0.5, 'm', '', '2026-01-01 00:00:00');
+insert into answers values ('k', 1, 'text', 'stop', 7, 8, 0.25, 'm', 'b', '2026-01-01 00:00:01');
+insert into batches values ('token', 'teacher', 'file', 'id', 2.0, '2026-01-01 00:00:02');
+insert into asked values ('token', 'k2', 3);
+"""
+
+
+def test_a_file_of_an_earlier_version_can_be_read_and_written(tmp_path: Path) -> None:
+    """Responses that were paid for and pending batches are found in it."""
+    path = tmp_path / "responses.sqlite"
+    with sqlite3.connect(path) as db:
+        db.executescript(EXISTING_FILE)
+    cache = ResponseCache(path)
+    assert cache.responses("k") == [
+        TeacherResponse("k", 0, "", "length", 7, 64, 0.5, "m"),
+        TeacherResponse("k", 1, "text", "stop", 7, 8, 0.25, "m", batch="b"),
+    ]
+    batch = PendingBatch("token", teacher="teacher", file="file", id="id", expected_usd=2.0)
+    assert cache.pending_batches("teacher") == [batch]
+    assert cache.pending_batches("another teacher") == []
+    assert cache.batch_requests("token") == {("k2", 3)}
+    assert cache.is_in_batch("k2", 3)
+    response = TeacherResponse("k2", 3, "text", "stop", 1, 2, 0.125, "m", batch="id")
+    cache.complete_batch("token", [response])
+    assert cache.responses("k2") == [response]
+    assert cache.pending_batches("teacher") == []
+    assert not cache.is_in_batch("k2", 3)
+    cache.close()
+
+
+def test_a_new_file_has_the_same_tables(tmp_path: Path) -> None:
+    """Versions of the program can share a file, whichever created it."""
+    ResponseCache(tmp_path / "new.sqlite").close()
+    with sqlite3.connect(tmp_path / "existing.sqlite") as db:
+        db.executescript(EXISTING_FILE)
+    columns: list[list[tuple[str, str, str]]] = []
+    for name in ("new", "existing"):
+        with sqlite3.connect(tmp_path / f"{name}.sqlite") as db:
+            query = (
+                "select m.name, c.name, c.type from sqlite_master m, pragma_table_info(m.name) c"
+                " order by m.name, c.cid"
+            )
+            columns.append(db.execute(query).fetchall())
+            assert db.execute("pragma user_version").fetchone() == (1,)
+    assert columns[0] == columns[1]
+
+
+def test_a_saved_response_is_never_replaced(tmp_path: Path) -> None:
+    """The first response to an attempt is the one that counts."""
+    cache = ResponseCache(tmp_path / "responses.sqlite")
+    first = TeacherResponse("k", 0, "first", "stop", 1, 2, 0.5, "m")
+    cache.add([first])
+    cache.add([TeacherResponse("k", 0, "second", "stop", 1, 2, 0.5, "m")])
+    assert cache.responses("k") == [first]
+    cache.close()
+
+
+def test_a_file_that_cannot_be_read_is_never_replaced(tmp_path: Path) -> None:
+    """It may hold responses that were paid for: the error says so, and the file stays as it is."""
+    path = tmp_path / "responses.sqlite"
+    path.write_bytes(b"not a database, but perhaps half of one" * 50)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="do not delete it"):
+        ResponseCache(path)
+    assert path.read_bytes() == content

@@ -1,0 +1,235 @@
+"""Training runs of params.yaml: budgets, formats, mixed data, and the key of unfinished work."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from boltlm.errors import UserError
+from boltlm.params import build_settings, load
+from boltlm.records import Chunk, Paraphrase, TeacherLatent, write_shard
+from boltlm.sequences import store
+from boltlm.sequences.layouts import SequenceFormat
+from boltlm.sequences.packing import SequenceFormatter, SequenceSource
+from boltlm.timing import read_timing
+from boltlm.tokens import TextCoder
+from boltlm.training import job
+from boltlm.training.checkpointing import CheckpointManager
+from boltlm.training.config import TrainSettings
+from boltlm.training.run import TrainPaths, run_training
+from tests import tiny
+from tests.training.harness import column, read_log
+
+SEQUENCE_LENGTH, BATCH_SIZE = 32, 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents of two chunks, all but one of which have a latent."""
+    folder = tmp_path_factory.mktemp("data")
+    chunks = [
+        Chunk(doc_id=f"d{d}", chunk=c, text="x", tokens=tuple(range(2, 12 + d)))
+        for d in range(6)
+        for c in range(2)
+    ]
+    latents = [
+        TeacherLatent(doc_id=c.doc_id, chunk=c.chunk, latent="z", tokens=(30, 31, 32), reason=None)
+        for c in chunks[1:]
+    ]
+    write_shard(folder / "chunks" / "00000.parquet", Chunk, chunks)
+    write_shard(folder / "teacher" / "latents" / "00000.parquet", TeacherLatent, latents)
+    return folder
+
+
+def run_model(
+    data: Path,
+    base: Path,
+    out: Path,
+    sequence_format: str,
+    budget: tuple[str, int],
+    *,
+    teacher: str = "latents",
+    mixed: str = "chunks",
+    sequence_length: int = SEQUENCE_LENGTH,
+    train: dict[str, Any] | None = None,
+    **entry: Any,
+) -> dict[str, Any]:
+    """Train the model `arm` in `out` and return the contents of its training.json. `budget`: kind
+    and amount; `entry`: changes to models.arm; `train`: its changes to the section `train`."""
+    params = load(tiny.ROOT / "params.yaml")
+    params["seed"] = 1
+    params["train"] |= {"precision": "float32", "batch_size": BATCH_SIZE, "log_every": 1}
+    params["sequences"] = {"sequence_length": sequence_length, "layout": "document"}
+    params["models"] = {
+        "arm": {
+            "parent": "base",
+            "corpus": "em",
+            "data": "teacher/all",
+            "format": sequence_format,
+            "mix_raw": 0,
+            "mix_corpus": "em",
+            "budget": {"kind": budget[0], "amount": budget[1]},
+            "train": {"learning_rate": 0.01, **(train or {})},
+            **entry,
+        }
+    }
+    paths = TrainPaths(
+        parent=base,
+        chunks=data / "chunks",
+        mixed=data / mixed,
+        data=data / "teacher" / teacher,
+        work=out / "work",
+        out=out / "model",
+        csv=out / "log.csv",
+        timing=out / "timing.json",
+    )
+    run_training(build_settings(TrainSettings, params, name="arm"), paths)
+    return json.loads((out / "model" / "training.json").read_text("utf-8"))
+
+
+def epoch_tokens(
+    data: Path, base: Path, scratch: Path, sequence_format: SequenceFormat, epochs: int
+) -> int:
+    """The number of tokens of so many epochs, in the layout `document`."""
+    corpus = store.read_tokenized(data / "chunks", data / "teacher" / "latents")
+    formatter = SequenceFormatter(
+        special_tokens=TextCoder(base).special_tokens,
+        sequence_format=sequence_format,
+        layout="document",
+        context_chunks=3,
+        token_budget=128,
+        seed=1,
+    )
+    documents = store.write_documents(scratch / "counted", corpus)
+    return SequenceSource(documents, formatter).num_tokens(epochs, scratch)
+
+
+@pytest.mark.parametrize("sequence_format", ["latent", "raw", "mixed"])
+def test_a_budget_in_epochs(
+    data: Path, base_folder: Path, tmp_path: Path, sequence_format: SequenceFormat
+) -> None:
+    """Every token but the first is a target, as many times as there are epochs."""
+    facts = run_model(data, base_folder, tmp_path, sequence_format, ("epochs", 2))
+    assert facts["tokens"] == epoch_tokens(data, base_folder, tmp_path, sequence_format, 2) - 1
+    assert facts["steps"] == math.ceil(math.ceil(facts["tokens"] / SEQUENCE_LENGTH) / BATCH_SIZE)
+    raw_tokens = 2 * sum(range(10, 16))
+    assert (facts["documents"], facts["chunks"], facts["raw_tokens"]) == (6, 12, raw_tokens)
+    if sequence_format == "raw":
+        assert facts["latent_tokens"] == 0
+    else:
+        assert facts["latent_tokens"] == 3 * 11
+        assert facts["chunks_without_latent"] == 1
+
+
+def test_a_flop_matched_run_has_as_many_tokens_as_the_latent_run(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """docs/method.md, section 7: raw training on as many tokens as the epochs of the latent run
+    have, special tokens and latents included, and not on as many epochs."""
+    latent = run_model(data, base_folder, tmp_path / "latent", "latent", ("epochs", 2))
+    raw = run_model(data, base_folder, tmp_path / "raw", "raw", ("flop_matched_epochs", 2))
+    assert raw["tokens"] == latent["tokens"] > epoch_tokens(data, base_folder, tmp_path, "raw", 2)
+
+
+def test_a_budget_in_tokens(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """The first token of the stream is not a target."""
+    facts = run_model(data, base_folder, tmp_path, "raw", ("tokens", 100))
+    assert facts["tokens"] == 99
+
+
+def test_a_budget_in_steps(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """Every step has a complete batch."""
+    facts = run_model(data, base_folder, tmp_path, "latent", ("steps", 3))
+    assert (facts["steps"], facts["tokens"]) == (3, 3 * BATCH_SIZE * SEQUENCE_LENGTH)
+
+
+def test_paraphrases_are_mixed_with_raw_documents(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """WRAP: the epochs of the paraphrases as raw text and, with `mix_raw: 0.5`, as many tokens
+    again of the corpus's documents."""
+    text = "Up by 2. " * 3
+    paraphrases = [
+        Paraphrase(doc_id=f"d{d}", paraphrase=p, style="cot", text=text, reason=None)
+        for d in range(6)
+        for p in range(2)
+    ]
+    write_shard(data / "teacher" / "wrap" / "00000.parquet", Paraphrase, paraphrases)
+    document_tokens = len(TextCoder(base_folder).encode(text)) + 2
+    budget = ("epochs", 2)
+    alone = run_model(data, base_folder, tmp_path / "a", "paraphrase", budget, teacher="wrap")
+    assert alone["tokens"] == 2 * 12 * document_tokens - 1
+    assert (alone["documents"], alone["latent_tokens"]) == (12, 0)
+    mixed = run_model(
+        data, base_folder, tmp_path / "b", "paraphrase", budget, teacher="wrap", mix_raw=0.5
+    )
+    assert abs(mixed["tokens"] - 2 * alone["tokens"]) <= 40  # one document of the corpus
+    with pytest.raises(UserError, match=r"mix_raw must be 0 where the format is raw"):
+        run_model(data, base_folder, tmp_path / "c", "raw", budget, mix_raw=0.5)
+
+
+def test_documents_of_another_corpus_are_mixed_in(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """A raw run, three quarters of whose tokens are documents of another corpus, as for replay."""
+    chunks = [Chunk(doc_id=f"o{d}", chunk=0, text="y", tokens=(3,) * 18) for d in range(40)]
+    write_shard(data / "other" / "00000.parquet", Chunk, chunks)
+    alone = run_model(data, base_folder, tmp_path / "a", "raw", ("epochs", 2))
+    mixed = run_model(
+        data,
+        base_folder,
+        tmp_path / "b",
+        "raw",
+        ("epochs", 2),
+        mixed="other",
+        mix_raw=0.75,
+        mix_corpus="warmstart",
+    )
+    assert abs(mixed["tokens"] - 4 * alone["tokens"]) <= 80  # a few documents of twenty tokens
+    assert mixed["documents"] == alone["documents"]
+
+
+def test_a_model_changes_the_section_train(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """`models.<name>.train` replaces the keys that it names and leaves the others; the log of the
+    run has its wall-clock figures beside it."""
+    run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), train={"log_every": 2})
+    log = read_log(tmp_path / "log.csv")
+    assert 0.001 < max(column(log, "lr")) <= 0.01
+    assert np.all(np.array(column(log, "step")[:-1]) % 2 == 0)
+    timings = read_timing(tmp_path / "timing.json", tmp_path / "log.csv")
+    assert column(timings, "step") == column(log, "step")
+
+
+def test_unfinished_work_is_named_by_what_changes_the_result(
+    data: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed for its memory resumes with smaller micro-batches; one with another
+    learning rate starts anew."""
+    folders: list[str] = []
+
+    def record(*_args: Any, checkpoints: CheckpointManager, **_named: Any) -> None:
+        folders.append(checkpoints.folder.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(job, "train_model", record)
+    for train in ({}, {"micro_batch_size": 1, "checkpoint_every": 3}, {"learning_rate": 0.5}):
+        with pytest.raises(InterruptedError):
+            run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), train=train)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_sequences_longer_than_the_context_are_an_error(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """The model would silently be trained at positions that it does not support."""
+    with pytest.raises(UserError, match=r"sequences\.sequence_length is 129.* 128 tokens"):
+        run_model(data, base_folder, tmp_path, "raw", ("epochs", 1), sequence_length=129)
+
+
+def test_a_budget_is_positive(data: Path, base_folder: Path, tmp_path: Path) -> None:
+    """A run without a step would copy its parent under another name."""
+    with pytest.raises(UserError, match=r"models\.arm\.budget.*amount"):
+        run_model(data, base_folder, tmp_path, "raw", ("epochs", 0))

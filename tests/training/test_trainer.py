@@ -1,0 +1,220 @@
+"""The training loop, compared with a plain PyTorch loop; settings, log and validation."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from boltlm.errors import UserError
+from boltlm.timing import read_timing
+from boltlm.training.checkpointing import CheckpointManager
+from boltlm.training.config import ValidationConfig
+from boltlm.training.metrics_logger import TRAIN_COLUMNS
+from boltlm.training.optimizer import build_optimizers
+from boltlm.training.schedules import learning_rate
+from boltlm.training.trainer import TrainResult
+from tests import tiny
+from tests.training.harness import (
+    NUM_STEPS,
+    NUM_TARGETS,
+    column,
+    make_model,
+    plain_loop,
+    read_log,
+    same_weights,
+    train,
+)
+
+
+def test_training_equals_a_plain_loop(tmp_path: Path) -> None:
+    """Labels shifted twice, a loss on padding, missing clipping or a wrong learning rate: with any
+    of these, training would still run; only the numbers show it."""
+    config = tiny.train_config(max_grad_norm=0.5)
+    model, result = train(config, tmp_path / "a.csv")
+    expected_model, losses, norms = plain_loop(config)
+    log = read_log(tmp_path / "a.csv")
+    assert result == TrainResult(NUM_STEPS, NUM_TARGETS, None)
+    assert column(log, "step") == list(range(1, NUM_STEPS + 1))
+    np.testing.assert_allclose(column(log, "loss"), losses, atol=1e-4)
+    np.testing.assert_allclose(column(log, "grad_norm"), norms, rtol=1e-3, atol=1e-4)
+    rates = [learning_rate(config.schedule, 0.01, step, NUM_STEPS) for step in range(NUM_STEPS)]
+    np.testing.assert_allclose(column(log, "lr"), rates, rtol=1e-5)
+    assert max(norms) > 0.5, "no gradient was clipped"
+    assert log[-1]["loss"] < log[0]["loss"]
+    for weight, expected in zip(model.parameters(), expected_model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-3)
+    assert not model.training
+
+
+def test_the_log_accounts_for_every_token(tmp_path: Path) -> None:
+    """For any `log_every`, the last line has all steps and tokens, and the losses weighted by their
+    tokens have the same sum."""
+    sums = []
+    for every in (1, 4, 100):
+        path = tmp_path / f"{every}.csv"
+        train(tiny.train_config(log_every=every), path)
+        log = read_log(path)
+        assert list(log[0]) == [name for name in TRAIN_COLUMNS if not name.startswith("val_")]
+        assert log[-1]["tokens"] == NUM_TARGETS
+        assert log[-1]["step"] == NUM_STEPS
+        assert len(log) == math.ceil(NUM_STEPS / every)
+        tokens = np.diff([0, *column(log, "tokens")])
+        sums.append(float((tokens * column(log, "loss")).sum()))
+    assert sums == pytest.approx([sums[0]] * 3, abs=1e-3)
+
+
+def test_wall_clock_figures_are_kept_apart(tmp_path: Path) -> None:
+    """The tracked log is reproducible; its wall-clock figures are in the timing file, one line for
+    each of its lines, and the line logger receives both."""
+    sent: list[dict[str, float]] = []
+    csv_path, timing_path = tmp_path / "a.csv", tmp_path / "timings" / "a.json"
+    train(
+        tiny.train_config(log_every=2),
+        csv_path,
+        timing_path=timing_path,
+        line_logger=lambda line: sent.append(dict(line)),
+    )
+    log, timings = read_log(csv_path), read_timing(timing_path, csv_path)
+    assert column(log, "step") == column(timings, "step") == [2, 4, 6]
+    names = {"step", "tokens_per_second", "mfu", "memory_mib", "seconds"}
+    assert all(set(timing) == names for timing in timings)
+    assert names & set(TRAIN_COLUMNS) == {"step"}
+    assert sent == [line | timing for line, timing in zip(log, timings, strict=True)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_seed_determines_the_weights(optimizer: str) -> None:
+    """Two runs with the same seed give the same weights, bit for bit on one machine."""
+    config = tiny.train_config(optimizer=optimizer)
+    (model, _), (repeated, _) = train(config, None), train(config, None)
+    weights, repeated_weights = model.state_dict(), repeated.state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, repeated_weights[name], rtol=0, atol=0)
+    start = make_model().state_dict()
+    assert all(not torch.equal(weight, start[name]) for name, weight in weights.items())
+
+
+def test_muon_updates_the_layer_matrices_and_adamw_the_others() -> None:
+    """Every parameter is updated once, by the optimizer that is meant for it."""
+    model = make_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def parameters(optimizer: torch.optim.Optimizer) -> set[str]:
+        return {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+
+    adamw, muon = map(parameters, build_optimizers(model, tiny.train_config(optimizer="muon")))
+    assert adamw | muon == set(names.values())
+    assert not adamw & muon
+    assert muon == {name for name in names.values() if ".layers." in name and "norm" not in name}
+    (adamw_only,) = map(parameters, build_optimizers(model, tiny.train_config()))
+    assert adamw_only == set(names.values())
+
+
+def test_a_loss_of_nan_is_an_error() -> None:
+    """Hours of training would otherwise end in weights of NaN."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"tests: the loss is nan at step 1.*learning_rate"):
+        train(tiny.train_config(), None, model=model)
+
+
+def test_an_exploding_loss_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """Training stops before the update that would ruin the weights, and the message says where the
+    last good ones are."""
+    schedule = tiny.schedule(kind="wsd", warmup=0, decay_fraction=0.2)
+    config = tiny.train_config(learning_rate=40.0, schedule=schedule, checkpoint_every=1)
+    message = r"loss is \d+.* at step (\d).*of this run; the checkpoint of step"
+    with pytest.raises(UserError, match=message) as raised:
+        train(config, None, tmp_path)
+    step = int(str(raised.value).split(" at step ")[1].split()[0])
+    state = CheckpointManager(tmp_path / "run", 1, "tests").load_latest()
+    assert state is not None
+    assert state["steps"] == step - 1 > 0
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2},
+        {"activation_checkpointing": True},
+        pytest.param(
+            {"compile": True},
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here"),
+        ),
+    ],
+)
+def test_execution_settings_do_not_change_the_numbers(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Averaging the means of micro-batches, for example, would give the tokens of the padded
+    sequence too much weight."""
+    train(tiny.train_config(), tmp_path / "a.csv")
+    train(tiny.train_config(**changes), tmp_path / "b.csv")
+    log, changed_log = read_log(tmp_path / "a.csv"), read_log(tmp_path / "b.csv")
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(
+            column(log, name), column(changed_log, name), rtol=2e-5, atol=1e-4
+        )
+
+
+def test_validation_metrics_are_in_the_log(tmp_path: Path) -> None:
+    """Validation runs every few steps and at the end, with the model in evaluation mode; training
+    continues as if there had been none."""
+    training_modes: list[bool] = []
+
+    def hook(model: PreTrainedModel) -> dict[str, float]:
+        training_modes.append(model.training)
+        torch.manual_seed(0)
+        return {"val_nll": float(len(training_modes)), "val_elbo": math.nan}
+
+    validation = ValidationConfig(every=4, documents=1, k_samples=1)
+    config = tiny.train_config(validation=validation, log_every=5)
+    model, _ = train(config, tmp_path / "a.csv", validation_hook=hook)
+    model_without_validation, _ = train(tiny.train_config(), None)
+    log = read_log(tmp_path / "a.csv")
+    assert {line["step"]: line.get("val_nll") for line in log} == {4: 1.0, 5: None, 6: 2.0}
+    assert not any("val_elbo" in line for line in log), "a value that is not finite is left blank"
+    assert training_modes == [False, False]
+    assert same_weights(model, model_without_validation)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "learning_rate",
+        "max_grad_norm",
+        "batch_size",
+        "micro_batch_size",
+        "log_every",
+        "checkpoint_every",
+    ],
+)
+def test_settings_must_be_positive(name: str) -> None:
+    """A batch of no sequence, for example, would divide by zero far from its cause."""
+    for value in (0, math.nan):
+        with pytest.raises(UserError, match=name):
+            tiny.train_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("beta2", 1.0, r"beta1 and beta2 must be in \[0, 1\), found 0\.9 and 1\.0"),
+        ("beta1", -0.1, r"beta1 and beta2 must be in \[0, 1\), found -0\.1"),
+        ("eps", -1.0, "eps must be above 0"),
+        ("weight_decay", -1.0, "weight_decay must be 0 or more"),
+    ],
+)
+def test_optimizer_settings_are_checked(name: str, value: float, message: str) -> None:
+    """torch refuses them too, but with a traceback and after the corpus was packed."""
+    with pytest.raises(UserError, match=message):
+        tiny.train_config(**{name: value})
