@@ -1,10 +1,11 @@
 """Logs the numbers and figures of the whole experiment to MLflow.
 
     python stages/track.py --params params.yaml --metrics metrics --timings timings \
-        --figures metrics/figures --db mlflow.db --artifacts mlartifacts
+        --figures metrics/figures --db mlflow.db --artifacts mlartifacts --marker mlflow.logged
 
 The database and the artifact folder belong to the repository itself also when DVC runs a queued
-experiment in a copy of it. MLFLOW_TRACKING_URI names another store. To look at the runs: make ui.
+experiment in a copy of it; the marker says that the results of this workspace were logged.
+MLFLOW_TRACKING_URI names another store. To look at the runs: make ui.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from boltlm.shard_store import repository_path
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("params", "metrics", "timings", "figures", "db", "artifacts"):
+    for flag in ("params", "metrics", "timings", "figures", "db", "artifacts", "marker"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
@@ -41,6 +42,7 @@ def main() -> None:
         repository_path(args.db), repository_path(args.artifacts)
     )
     mlflow_tracking.log_experiment(record, store)
+    args.marker.write_text("logged\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
