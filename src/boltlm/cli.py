@@ -6,7 +6,7 @@ that `boltlm --help` is quick.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,17 +47,16 @@ class KSamplesSettings:
 
 def main() -> None:
     """Entry point of the command."""
-    run_main(lambda: run_command(None))
+    run_main(_run_command)
 
 
-def run_command(arguments: Sequence[str] | None) -> None:
-    """Parse `arguments` (by default those of the process) and run the sub-command."""
+def _run_command() -> None:
     parser = argparse.ArgumentParser(prog="boltlm", description="Analyse a finished experiment.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_seeds(commands)
     _add_verify_weights(commands)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     args.run(args)
 
 

@@ -16,6 +16,7 @@ from boltlm.tokens import TextCoder
 from boltlm.training.config import ValidationConfig
 from boltlm.training.trainer import ValidationHook
 
+# For the stage `train`, whose outputs do not depend on this module or on the settings of draws.
 ValidationSettings = DrawSettings
 
 
