@@ -260,7 +260,7 @@ def test_two_processes_create_one_mlflow_experiment_in_the_real_repository(
     root.mkdir()
     command = [sys.executable, str(STAGE), "--params", "params.yaml", "--metrics", "metrics"]
     command += ["--timings", "timings", "--figures", "metrics/figures"]
-    command += ["--db", "mlflow.db", "--artifacts", "mlartifacts"]
+    command += ["--db", "mlflow.db", "--artifacts", "mlartifacts", "--marker", "mlflow.logged"]
     processes = [
         subprocess.Popen(
             command,
@@ -286,7 +286,7 @@ def test_two_processes_create_one_mlflow_experiment_in_the_real_repository(
     for run in parents.values():
         assert (root / "mlartifacts" / run.info.run_id / "artifacts/params.yaml").exists()
     for copy in copies:
-        assert {path.name for path in copy.iterdir()} == {"metrics", "params.yaml"}
+        assert {path.name for path in copy.iterdir()} == {"metrics", "mlflow.logged", "params.yaml"}
 
 
 def test_a_live_curve_grows_line_by_line_and_is_replaced(
