@@ -134,7 +134,7 @@ def run_elbo(args: argparse.Namespace, single_samples: bool) -> dict[str, float]
             groups = estep.sampler.sample(prompts, keys, num_samples)
             for chunk, draws in zip(chunks, groups, strict=True):
                 for draw in draws:
-                    exact_log_weight(estep.model, special, chunk, draw.tokens)
+                    exact_log_weight(estep.model, special, chunk, draw.tokens, draw.finish)
         seconds.append(time.perf_counter() - started)
     return {"seconds": min(seconds[1:]), "chunks": len(chunks)}
 

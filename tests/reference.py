@@ -26,11 +26,16 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).double().eval()
 
 
-def log_probs(model64: PreTrainedModel, prompt: Ids, tokens: Ids) -> np.ndarray:
-    """log p(token | prompt, the tokens before it) for each of `tokens`, in nats."""
+def log_probs(
+    model64: PreTrainedModel, prompt: Ids, tokens: Ids, barred: Ids = ()
+) -> np.ndarray:
+    """log p(token | prompt, the tokens before it) for each of `tokens`, in nats, when the tokens
+    `barred` have probability 0 and the others are renormalised."""
     ids_1L = torch.tensor([[*prompt, *tokens]])
     with torch.no_grad():
-        log_probs_LV = model64(input_ids=ids_1L, use_cache=False).logits[0].log_softmax(-1)
+        logits_LV = model64(input_ids=ids_1L, use_cache=False).logits[0]
+        logits_LV[:, list(barred)] = -torch.inf
+        log_probs_LV = logits_LV.log_softmax(-1)
     positions = torch.arange(len(prompt) - 1, ids_1L.shape[1] - 1)
     return log_probs_LV[positions, ids_1L[0, len(prompt) :]].numpy()
 
@@ -40,6 +45,11 @@ def next_probs(model64: PreTrainedModel, prompt: Ids) -> np.ndarray:
     with torch.no_grad():
         logits_V = model64(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0, -1]
     return logits_V.softmax(-1).numpy()
+
+
+def barred_tokens(special: SpecialTokens) -> list[int]:
+    """What a latent cannot contain; EoL ends it."""
+    return [special.bos, special.eos, special.sol, special.prior, special.post]
 
 
 def posterior_prompt(special: SpecialTokens, context: Ids, text: Ids) -> list[int]:
@@ -54,9 +64,12 @@ def prior_prompt(special: SpecialTokens, context: Ids) -> list[int]:
 
 @dataclass(frozen=True)
 class Parts:
-    """log q(Z, EoL | C, X), log p(Z, EoL | C) and log p(X | C, Z) of one latent, in nats."""
+    """log q′(Z, EoL | C, X), log q(Z, EoL | C, X), log p(Z, EoL | C) and log p(X | C, Z) of one
+    latent, in nats; `is_forced`: whether q′ forces its EoL."""
 
     log_q: float
+    log_q_unmasked: float
+    is_forced: bool
     log_p_latent: float
     log_p_text: float
 
@@ -67,13 +80,24 @@ class Parts:
 
 
 def parts(
-    model64: PreTrainedModel, special: SpecialTokens, context: Ids, text: Ids, latent: Ids
+    model64: PreTrainedModel,
+    special: SpecialTokens,
+    context: Ids,
+    text: Ids,
+    latent: Ids,
+    max_tokens: int,
 ) -> Parts:
-    """The three log-probabilities of a latent of the chunk `text`, eqs. (1) and (2)."""
+    """The log-probabilities of a latent of the chunk `text`, eqs. (1) to (2), if a latent has at
+    most `max_tokens` tokens."""
     latent_eol = [*latent, special.eol]
+    posterior = posterior_prompt(special, context, text)
+    log_masked = log_probs(model64, posterior, latent_eol, barred_tokens(special))
+    is_forced = len(latent) == max_tokens
     log_joint = log_probs(model64, prior_prompt(special, context), [*latent_eol, *text])
     return Parts(
-        log_q=log_probs(model64, posterior_prompt(special, context, text), latent_eol).sum(),
+        log_q=log_masked[: len(latent)].sum() if is_forced else log_masked.sum(),
+        log_q_unmasked=log_probs(model64, posterior, latent_eol).sum(),
+        is_forced=is_forced,
         log_p_latent=log_joint[: len(latent_eol)].sum(),
         log_p_text=log_joint[len(latent_eol) :].sum(),
     )
@@ -89,8 +113,19 @@ class Table:
 
     @property
     def q(self) -> np.ndarray:
-        """q(Z, EoL | C, X). The sum falls short of 1 by the probability of an invalid draw."""
+        """q′(Z, EoL | C, X), which sums to 1."""
         return np.exp([part.log_q for part in self.parts])
+
+    @property
+    def q_unmasked(self) -> np.ndarray:
+        """q(Z, EoL | C, X). The sum falls short of 1 by the probability that a draw from the model
+        ends otherwise than by EoL within the limit."""
+        return np.exp([part.log_q_unmasked for part in self.parts])
+
+    @property
+    def forced(self) -> np.ndarray:
+        """Which latents have the maximum length."""
+        return np.array([part.is_forced for part in self.parts])
 
     @property
     def log_w(self) -> np.ndarray:

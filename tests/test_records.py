@@ -61,6 +61,7 @@ ROWS: dict[Any, st.SearchStrategy[Any]] = {
         tokens=TOKENS,
         finish=TEXT,
         log_q=NATS,
+        log_allowed=NATS,
         log_p_latent=NATS,
         log_p_text=NATS,
         log_weight=NATS,
@@ -82,15 +83,15 @@ def test_records_come_back(
 
 
 def test_nan_comes_back_as_nan(tmp_path: Path) -> None:
-    """A failed draw's scores are NaN, which is not None and not 0."""
+    """An unknown log-probability is NaN, which is not None and not 0."""
     row = Sample(
         doc_id="d", chunk=0, sample=0, latent="", tokens=(), finish="length", log_q=-1.0,
-        log_p_latent=math.nan, log_p_text=math.nan, log_weight=-math.inf, selected=False,
+        log_allowed=math.nan, log_p_latent=-2.0, log_p_text=-3.0, log_weight=-4.0, selected=False,
     )  # fmt: skip
     write_shard(tmp_path / "a.parquet", Sample, [row])
     (back,) = read_shard(tmp_path / "a.parquet", Sample)
-    assert math.isnan(back.log_p_latent)
-    assert back.log_weight == -math.inf
+    assert math.isnan(back.log_allowed)
+    assert back.log_weight == -4.0
 
 
 def chunk(index: int) -> Chunk:

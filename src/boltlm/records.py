@@ -124,7 +124,8 @@ class Paraphrase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One of the K latents drawn for a chunk: token ids without EoL, log-probabilities in nats."""
+    """One of the K latents drawn for a chunk: token ids without EoL, log-probabilities in nats
+    (docs/method.md, section 4). `finish`: "stop" (EoL was drawn) or "length" (EoL was forced)."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -135,6 +136,7 @@ class Sample:
             "tokens": _TOKENS,
             "finish": pa.string(),
             "log_q": pa.float64(),
+            "log_allowed": pa.float64(),
             "log_p_latent": pa.float64(),
             "log_p_text": pa.float64(),
             "log_weight": pa.float64(),
@@ -148,6 +150,7 @@ class Sample:
     tokens: tuple[int, ...]
     finish: str
     log_q: float
+    log_allowed: float
     log_p_latent: float
     log_p_text: float
     log_weight: float

@@ -32,9 +32,9 @@ class SpecialTokens:
     post: int
 
     @property
-    def forbidden(self) -> tuple[int, ...]:
-        """The special tokens, EOS and EoL aside, that a latent must not contain."""
-        return (self.bos, self.sol, self.prior, self.post)
+    def barred(self) -> tuple[int, ...]:
+        """The special tokens that cannot be drawn in a latent: all but EoL, which ends it."""
+        return (self.bos, self.eos, self.sol, self.prior, self.post)
 
 
 class TextCoder:

@@ -27,7 +27,7 @@ def small_params() -> dict[str, Any]:
         "heldout": {"documents": 1, "source": {"problems": "held_out"}},
     }
     params["questions"]["count"] = 0
-    params["latents"] = {"em1": {"model": "warmstart", "corpus": "em"}}
+    params["latents"] = {"em1": {"model": "warmstart", "corpus": "em", "selection": "weighted"}}
     params |= {"max_latent_tokens": 8, "k_samples": 3, "context_chunks": 2}
     params["sampling"]["batch_tokens"] = 4096
     return params

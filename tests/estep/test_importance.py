@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
 from boltlm.estep.diagnostics import WeightDiagnostics
-from boltlm.estep.importance import (
-    iwae_bound,
-    log_importance_weight,
-    normalized_weights,
-    select_latent,
-)
+from boltlm.estep.importance import iwae_bound, normalized_weights, select_latent
 from boltlm.records import Sample
 from tests import reference
 
@@ -22,27 +17,13 @@ LOG_WEIGHTS = st.floats(-700, 50)
 
 
 def sample(log_w: float, **changes: object) -> Sample:
-    """A draw with a weight; one of −inf is invalid."""
-    is_invalid = log_w == -np.inf
+    """A draw with a weight."""
     values: dict = {
-        "doc_id": "d", "chunk": 0, "sample": 0, "latent": "z", "tokens": (1, 2),
-        "finish": "length" if is_invalid else "stop", "log_q": -1.0,
-        "log_p_latent": math.nan if is_invalid else -2.0,
-        "log_p_text": math.nan if is_invalid else -3.0,
+        "doc_id": "d", "chunk": 0, "sample": 0, "latent": "z", "tokens": (1, 2), "finish": "stop",
+        "log_q": -1.0, "log_allowed": 0.0, "log_p_latent": -2.0, "log_p_text": -3.0,
         "log_weight": log_w, "selected": False,
     }  # fmt: skip
     return Sample(**{**values, **changes})
-
-
-def test_log_weight_is_p_over_q() -> None:
-    """Eq. (3), the sign of every term: w = p(Z) p(X | Z) / q(Z)."""
-    assert log_importance_weight(-1.5, -2.25, -4.0, "stop") == -2.25 - 4.0 + 1.5
-
-
-@pytest.mark.parametrize("finish", ["length", "eos", "special"])
-def test_invalid_draws_have_weight_0(finish: str) -> None:
-    """docs/method.md, 4.2: a weight of 0, neither NaN nor an exception, leaves the bound valid."""
-    assert log_importance_weight(-1.0, math.nan, math.nan, finish) == -np.inf
 
 
 @given(st.lists(LOG_WEIGHTS, min_size=1, max_size=6))
@@ -51,24 +32,14 @@ def test_normalized_weights_are_a_softmax(logs: list[float]) -> None:
     np.testing.assert_allclose(normalized_weights(np.array(logs)), softmax(logs), atol=1e-12)
 
 
-def test_normalized_weights_of_invalid_draws_are_0() -> None:
-    """A log weight of −inf among finite ones gives exactly 0."""
-    np.testing.assert_allclose(normalized_weights(np.array([-np.inf, -5.0, -5.0])), [0, 0.5, 0.5])
-
-
-@pytest.mark.parametrize(
-    "logs", [[0.0, 1.0, -1.0, 0.5], [-800.0, -801.0], [-np.inf, 2.0, 1.0], [3.0, 3.0, -np.inf]]
-)
+@pytest.mark.parametrize("logs", [[0.0, 1.0, -1.0, 0.5], [-800.0, -801.0], [0.0, 0.0, 0.0]])
 def test_selection_follows_the_weights(logs: list[float]) -> None:
-    """Eq. (4): j ~ Categorical(softmax(log w)), χ² test over 8,000 chunks; j is never invalid."""
+    """Eq. (4): j ~ Categorical(softmax(log w)), χ² test over 8,000 chunks."""
     log_w_K = np.array(logs)
     count = 8000
     selected = [select_latent(log_w_K, 1, "select", "tests", "doc", n) for n in range(count)]
-    counts_K = np.bincount(np.array(selected, dtype=int), minlength=len(logs))
-    is_valid = np.isfinite(log_w_K)
-    assert counts_K[~is_valid].sum() == 0
-    expected = softmax(log_w_K)[is_valid] * count
-    assert reference.chi2(counts_K[is_valid], expected) > 1e-4
+    counts_K = np.bincount(selected, minlength=len(logs))
+    assert reference.chi2(counts_K, softmax(log_w_K) * count) > 1e-4
 
 
 def test_selection_is_a_function_of_seed_and_key() -> None:
@@ -83,11 +54,6 @@ def test_selection_is_a_function_of_seed_and_key() -> None:
     assert len(set(by_purpose_and_doc)) == 4
 
 
-def test_nothing_is_selected_if_all_draws_are_invalid() -> None:
-    """docs/method.md, 4.2: such a chunk is trained without a latent, not with an invalid one."""
-    assert select_latent(np.array([-np.inf, -np.inf]), 1, "k") is None
-
-
 def test_a_single_draw_is_selected() -> None:
     """With K = 1 the selected sample is the drawn one."""
     assert all(select_latent(np.array([-900.0 + n]), 1, n) == 0 for n in range(20))
@@ -100,15 +66,7 @@ def test_iwae_by_hand() -> None:
     assert iwae_bound(np.array([-123.5])) == pytest.approx(-123.5)
 
 
-def test_iwae_counts_invalid_draws_with_weight_0() -> None:
-    """Excluding them from K would raise the bound above log p(X)."""
-    assert iwae_bound(np.array([math.log(6.0), -np.inf])) == pytest.approx(math.log(3))
-    assert iwae_bound(np.array([-np.inf, -np.inf])) == -np.inf
-    bounds_G = iwae_bound(np.array([[math.log(6.0), -np.inf], [-np.inf, -np.inf]]))
-    np.testing.assert_allclose(bounds_G, [math.log(3), -np.inf])
-
-
-@given(st.lists(LOG_WEIGHTS | st.just(-np.inf), min_size=1, max_size=6))
+@given(st.lists(LOG_WEIGHTS, min_size=1, max_size=6))
 def test_iwae_is_logsumexp_minus_log_k(logs: list[float]) -> None:
     """Eq. (6), without overflow or underflow for weights of any size."""
     expected = logsumexp(logs) - math.log(len(logs))
@@ -116,26 +74,26 @@ def test_iwae_is_logsumexp_minus_log_k(logs: list[float]) -> None:
 
 
 def test_diagnostics_by_hand() -> None:
-    """Three chunks with K = 2: equal weights, weights of three to one, and all draws invalid."""
+    """Two chunks with K = 2: equal weights, and weights of three to one with equal latents."""
     equal = [sample(-4.0, tokens=(1,)), sample(-4.0, tokens=(1, 2, 3), selected=True)]
-    unequal = [sample(math.log(3.0), selected=True), sample(0.0, tokens=())]
-    invalid = [sample(-np.inf), sample(-np.inf, finish="special")]
-    metrics = WeightDiagnostics([equal, unequal, invalid]).diagnostics()
+    unequal = [
+        sample(math.log(3.0), selected=True, finish="length", log_allowed=math.log(0.5)),
+        sample(0.0, log_allowed=math.log(0.7)),
+    ]
+    metrics = WeightDiagnostics([equal, unequal]).diagnostics()
     ess = [2.0, 1 / (0.75**2 + 0.25**2)]
     assert metrics == pytest.approx({
-        "chunks": 3,
-        "samples": 6,
-        "chunks_without_latent": 1,
+        "chunks": 2,
+        "samples": 4,
         "ess_mean": sum(ess) / 2,
         "ess_p10": 1.6,
         "ess_p50": 1.6,
         "max_weight_mean": (0.5 + 0.75) / 2,
         "log_weight_std_mean": (0 + math.log(3.0) / 2) / 2,
-        "invalid_fraction": 2 / 6,
-        "invalid_length": 1,
-        "invalid_eos": 0,
-        "invalid_special": 1,
-        "latent_tokens_mean": (1 + 3 + 2 + 0) / 4,
+        "distinct_latents_mean": (2 + 1) / 2,
+        "forced_fraction": 1 / 4,
+        "masked_mass": 1 - (1 + 1 + 0.5 + 0.7) / 4,
+        "latent_tokens_mean": (1 + 3 + 2 + 2) / 4,
         "selected_latent_tokens": 3 + 2,
     })  # fmt: skip
 
@@ -151,22 +109,11 @@ def test_quantiles_of_effective_sample_sizes() -> None:
     assert sizes[0] + 0.02 < sizes[4] < sizes[-1] - 0.02
 
 
-def test_diagnostics_of_a_chunk_with_an_invalid_draw() -> None:
-    """An invalid draw has weight 0, and is no part of the standard deviation of log w."""
-    metrics = WeightDiagnostics([[sample(-7.0), sample(-np.inf, finish="eos")]]).diagnostics()
-    assert metrics["ess_mean"] == 1
-    assert metrics["max_weight_mean"] == 1
-    assert metrics["log_weight_std_mean"] == 0
-    assert metrics["invalid_eos"] == 1
-    assert metrics["invalid_fraction"] == 0.5
-
-
-def test_diagnostics_if_all_draws_are_invalid() -> None:
-    """A model that never ends a latent must still have diagnostics, not raise an exception."""
-    metrics = WeightDiagnostics([[sample(-np.inf)]]).diagnostics()
-    assert metrics["chunks_without_latent"] == 1
-    assert math.isnan(metrics["ess_mean"])
-    assert metrics["invalid_fraction"] == 1
+def test_an_unknown_masked_mass_is_nan() -> None:
+    """A sampler that cannot know it must not be reported as one that masks nothing."""
+    metrics = WeightDiagnostics([[sample(0.0), sample(0.0, log_allowed=math.nan)]]).diagnostics()
+    assert math.isnan(metrics["masked_mass"])
+    assert metrics["forced_fraction"] == 0
 
 
 def test_exact_match_by_hand() -> None:
@@ -184,9 +131,8 @@ def test_exact_match_by_hand() -> None:
 
 
 def test_histogram_by_hand() -> None:
-    """Bins of half a nat that include their lower edge; empty bins in between are listed, invalid
-    draws are not counted."""
-    groups = [[sample(-0.75), sample(-0.5)], [sample(0.0), sample(0.49), sample(-np.inf)]]
+    """Bins of half a nat that include their lower edge; empty bins in between are listed."""
+    groups = [[sample(-0.75), sample(-0.5)], [sample(0.0), sample(0.49)]]
     assert WeightDiagnostics([*groups, [sample(1.2)]]).histogram() == [
         (-1.0, -0.5, 1),
         (-0.5, 0.0, 1),
@@ -194,4 +140,4 @@ def test_histogram_by_hand() -> None:
         (0.5, 1.0, 0),
         (1.0, 1.5, 1),
     ]
-    assert WeightDiagnostics([[sample(-np.inf)]]).histogram() == []
+    assert WeightDiagnostics().histogram() == []

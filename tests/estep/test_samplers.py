@@ -1,4 +1,4 @@
-"""Draws come from the model's own distribution, and do not depend on the rest of the batch.
+"""Draws come from the model's distribution over what a latent can contain, and do not depend on the rest of the batch.
 
 Shapes: L positions, V vocabulary.
 """
@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from boltlm.estep import kv_cache, samplers
 from boltlm.estep.kv_cache import batch_by_length
-from boltlm.estep.samplers import Draw, SampleKey, TransformersSampler
+from boltlm.estep.samplers import Draw, SampleKey, TransformersSampler, inverse_cdf
 from boltlm.estep.scoring import token_log_probs
 from tests import reference
 from tests.tiny import ORDINARY, Tiny
@@ -41,67 +42,75 @@ def content(groups: list[list[Draw]]) -> list[list[tuple[tuple[int, ...], str]]]
 
 
 def test_log_q_is_the_score_of_what_was_drawn(enumerable: Tiny, draws: list[list[Draw]]) -> None:
-    """log w subtracts log q from scores: both must cover the same tokens, the last one included."""
-    end_tokens = {"stop": enumerable.special_tokens.eol, "eos": enumerable.special_tokens.eos}
-    for prompt, group in zip(PROMPTS, draws, strict=True):
-        ended = [draw for draw in group if draw.finish in end_tokens][:100]
-        branches = [[*draw.tokens, end_tokens[draw.finish]] for draw in ended]
-        assert {draw.finish for draw in ended} == set(end_tokens)
-        (log_probs,) = token_log_probs(enumerable.model, [prompt], [branches], 100_000)
-        for draw, log_probs_L in zip(ended, log_probs, strict=True):
-            assert draw.log_q == pytest.approx(log_probs_L.sum(), abs=1e-4)
-
-
-def test_every_finish_reason_occurs(enumerable: Tiny, draws: list[list[Draw]]) -> None:
-    """Only `stop` is a latent. A special token, EoL or EOS inside a latent would violate the token
-    grammar."""
+    """log w subtracts log q′ from scores: both must cover the same tokens, EoL included. With
+    `log_allowed` it is the model's own log-probability, within 10⁻⁴ nats."""
     m = enumerable.special_tokens
+    for prompt, group in zip(PROMPTS, draws, strict=True):
+        some = group[:100]
+        branches = [[*draw.tokens, m.eol] for draw in some]
+        (plain,) = token_log_probs(enumerable.model, [prompt], [branches], 100_000)
+        (masked,) = token_log_probs(enumerable.model, [prompt], [branches], 100_000, m.barred)
+        for draw, plain_L, masked_L in zip(some, plain, masked, strict=True):
+            drawn_tokens = len(draw.tokens) + (draw.finish == "stop")
+            assert draw.log_q == pytest.approx(masked_L[:drawn_tokens].sum(), abs=1e-4)
+            assert draw.log_q + draw.log_allowed == pytest.approx(plain_L.sum(), abs=1e-4)
+            assert draw.log_allowed <= 0
+
+
+def test_every_draw_is_a_latent(enumerable: Tiny, draws: list[list[Draw]]) -> None:
+    """A special token inside a latent would violate the token grammar. Latents of all lengths up to
+    the limit occur, and EoL is forced at the limit only."""
     flat = [draw for group in draws for draw in group]
-    assert {draw.finish for draw in flat} == {"stop", "length", "eos", "special"}
     for draw in flat:
-        assert not set(draw.tokens) & {m.bos, m.eos, m.sol, m.eol, m.prior, m.post}
+        assert set(draw.tokens) <= set(ORDINARY)
         assert len(draw.tokens) <= MAX_LATENT_TOKENS
-        assert draw.finish != "length" or len(draw.tokens) == MAX_LATENT_TOKENS
-    lengths = {len(draw.tokens) for draw in flat if draw.finish == "stop"}
-    assert lengths == set(range(MAX_LATENT_TOKENS + 1))
+        assert draw.finish == ("length" if len(draw.tokens) == MAX_LATENT_TOKENS else "stop")
+    assert {len(draw.tokens) for draw in flat} == set(range(MAX_LATENT_TOKENS + 1))
 
 
-def test_finish_reasons_have_the_models_probabilities(
+def test_lengths_have_the_probabilities_of_the_proposal(
     enumerable: Tiny, sampler: TransformersSampler
 ) -> None:
     """The length limit applies to the latent without EoL: an off-by-one error there changes these
     probabilities."""
     m, model64 = enumerable.special_tokens, reference.double(enumerable.model)
-    probability = dict.fromkeys(["stop", "eos", "special", "length"], 0.0)
+    probability = np.zeros(MAX_LATENT_TOKENS + 1)
     for latent in reference.latents(ORDINARY, MAX_LATENT_TOKENS):
-        log_prob = reference.log_probs(model64, PROMPTS[2], latent).sum() if latent else 0.0
-        probs_V = np.exp(log_prob) * reference.next_probs(model64, [*PROMPTS[2], *latent])
-        probability["stop"] += probs_V[m.eol]
-        probability["eos"] += probs_V[m.eos]
-        probability["special"] += probs_V[[m.bos, m.sol, m.prior, m.post]].sum()
-        probability["length"] += (
-            probs_V[list(ORDINARY)].sum() if len(latent) == MAX_LATENT_TOKENS else 0.0
+        log_q = reference.log_probs(
+            model64, PROMPTS[2], [*latent, m.eol], reference.barred_tokens(m)
         )
-    assert sum(probability.values()) == pytest.approx(1)
+        probability[len(latent)] += np.exp(log_q[:MAX_LATENT_TOKENS].sum())
+    assert probability.sum() == pytest.approx(1)
     (group,) = sampler.sample([PROMPTS[2]], [("shares",)], 6000)
-    counts = Counter(draw.finish for draw in group)
-    expected = [p * len(group) for p in probability.values()]
-    assert reference.chi2([counts[reason] for reason in probability], expected) > 1e-4
+    counts = Counter(len(draw.tokens) for draw in group)
+    observed = [counts[length] for length in range(MAX_LATENT_TOKENS + 1)]
+    assert reference.chi2(observed, probability * len(group)) > 1e-4
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1 - 2**-53])
+def test_a_token_of_probability_0_is_never_chosen(noise: float) -> None:
+    """Neither at the ends of the range of the uniform numbers nor in between; the log of the total
+    is exact however little of the distribution is left."""
+    log_probs_1V = torch.tensor([[-torch.inf, -80.0, -torch.inf, -81.0, -torch.inf]])
+    noise_11 = torch.tensor([[noise]], dtype=torch.float64)
+    tokens_11, log_total_11 = inverse_cdf(log_probs_1V, noise_11)
+    assert tokens_11.item() == (3 if noise > 0.9 else 1)
+    assert log_total_11.item() == pytest.approx(np.logaddexp(-80, -81), abs=1e-12)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:3])
 def test_first_tokens_have_the_models_probabilities(
     enumerable: Tiny, sampler: TransformersSampler, prompt: list[int]
 ) -> None:
-    """Temperature 1, no top-k, no top-p: χ² test of 5,000 draws against the softmax, level 10⁻⁴."""
+    """Temperature 1, no top-k, no top-p: χ² test of 5,000 draws against the softmax over ordinary
+    tokens and EoL, level 10⁻⁴."""
     (group,) = sampler.sample([prompt], [("first", *prompt)], 5000)
-    counts = Counter(draw.tokens[0] if draw.tokens else draw.finish for draw in group)
     m = enumerable.special_tokens
-    probs_V = reference.next_probs(reference.double(enumerable.model), prompt)
-    outcomes = [*ORDINARY, "stop", "eos", "special"]
-    special = probs_V[[m.bos, m.sol, m.prior, m.post]].sum()
-    probs = np.array([*probs_V[list(ORDINARY)], probs_V[m.eol], probs_V[m.eos], special])
-    assert reference.chi2([counts[outcome] for outcome in outcomes], probs * len(group)) > 1e-4
+    outcomes = [*ORDINARY, m.eol]
+    probs = reference.next_probs(reference.double(enumerable.model), prompt)[outcomes]
+    counts = Counter(draw.tokens[0] if draw.tokens else m.eol for draw in group)
+    observed = [counts[outcome] for outcome in outcomes]
+    assert reference.chi2(observed, probs / probs.sum() * len(group)) > 1e-4
 
 
 def test_draws_of_a_prompt_are_independent(enumerable: Tiny, sampler: TransformersSampler) -> None:
@@ -118,6 +127,7 @@ def test_draws_of_a_prompt_are_independent(enumerable: Tiny, sampler: Transforme
     for first in ORDINARY:
         matching = [draw for draw in group if draw.tokens[:1] == (first,)]
         probs_V = reference.next_probs(model64, [*PROMPTS[0], first])
+        probs_V /= probs_V[[*ORDINARY, enumerable.special_tokens.eol]].sum()
         counts = Counter(draw.tokens[1] for draw in matching if len(draw.tokens) > 1)
         observed = [counts[token] for token in ORDINARY]
         expected = [probs_V[token] * len(matching) for token in ORDINARY]
@@ -161,25 +171,6 @@ def test_keys_and_seeds_give_other_draws(sampler: TransformersSampler) -> None:
     (reseeded,) = replace(sampler, seed=2).sample([PROMPTS[0]], [key], 30)
     assert len({tuple(map(str, group)) for group in (first, rekeyed, reseeded)}) == 3
     assert len(set(first)) > 3
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_is_an_argmax_loop(
-    enumerable: Tiny, sampler: TransformersSampler, prompt: list[int]
-) -> None:
-    """Greedy decoding takes the most probable token at each step, until a stop token."""
-    model64, m = reference.double(enumerable.model), enumerable.special_tokens
-    tokens: list[int] = []
-    while True:
-        best = int(reference.next_probs(model64, [*prompt, *tokens]).argmax())
-        if best not in ORDINARY or len(tokens) == MAX_LATENT_TOKENS:
-            break
-        tokens.append(best)
-    ((draw,),) = replace(sampler, greedy=True).sample([prompt], [("greedy",)], 1)
-    assert draw.tokens == tuple(tokens)
-    assert draw.finish == (
-        "length" if best in ORDINARY else {m.eol: "stop", m.eos: "eos"}.get(best, "special")
-    )
 
 
 @pytest.mark.parametrize(("spare_tokens", "min_active_fraction"), [(1, 0.7), (32, 0.0), (32, 1.1)])

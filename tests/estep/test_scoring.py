@@ -70,6 +70,23 @@ def test_it_equals_a_plain_loop(
             np.testing.assert_allclose(log_probs_L, expected, atol=TOLERANCE, rtol=0)
 
 
+def test_barred_tokens_have_no_probability(model: PreTrainedModel) -> None:
+    """The other tokens are renormalised: their log-probabilities are those of a plain loop whose
+    logits of the barred tokens are −∞."""
+    prefixes, branches = random_ids(MIXED)
+    barred = (0, 7, VOCAB_SIZE - 1)
+    branches = [[[t for t in b if t not in barred] for b in group] for group in branches]
+    log_probs = token_log_probs(model, prefixes, branches, 1000, barred)
+    model64, shifts = reference.double(model), []
+    for prefix, group, log_probs_KL in zip(prefixes, branches, log_probs, strict=True):
+        for branch, log_probs_L in zip(group, log_probs_KL, strict=True):
+            if branch:
+                expected = reference.log_probs(model64, prefix, branch, barred)
+                np.testing.assert_allclose(log_probs_L, expected, atol=TOLERANCE, rtol=0)
+                shifts += list(expected - reference.log_probs(model64, prefix, branch))
+    assert max(shifts) > 0.1
+
+
 def test_the_test_model_is_hard_enough(model: PreTrainedModel) -> None:
     """With a nearly uniform model a wrong position id or mask would go unnoticed."""
     prefixes, branches = random_ids(MIXED)

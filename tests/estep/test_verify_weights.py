@@ -19,7 +19,7 @@ def errors(base_folder: Path, tmp_path: Path, **sampling: Any) -> dict[str, floa
 def test_float32_weights_are_exact(base_folder: Path, tmp_path: Path) -> None:
     """|Δ log w| < 10⁻³ nats for every sample, and the same distribution of the selection."""
     metrics = errors(base_folder, tmp_path)
-    assert metrics["samples"] > 5
+    assert metrics["samples"] > 8
     assert metrics["log_weight_error_max"] < 1e-3
     assert metrics["log_q_error_max"] < 1e-3
     assert metrics["total_variation_max"] < 1e-3

@@ -7,12 +7,17 @@ from boltlm.errors import UserError
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, Precision, from_key
 
 
+Selection = Literal["weighted", "uniform"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """Params section `sampling`: how latents are drawn and scored, and on how many workers.
 
-    `batch_tokens` bounds the tokens that one batch holds. `rescore_q` computes log q with the
-    scorer instead of taking it from the sampler; use it where the two disagree (bfloat16).
+    `batch_tokens` bounds the tokens that one batch holds. `rescore_q` computes log q′ with the
+    scorer instead of taking it from the sampler. The weights p/q′ are unbiased when q′ is the law
+    that the sampler drew from, also where rounding makes it differ from the scorer's; so set it
+    only for a sampler that reports other log-probabilities than those that it draws from.
     `gpu_memory_utilization` is the fraction of a GPU's memory that vLLM may use; the scorer needs
     the remainder.
 
@@ -54,21 +59,28 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsEntry:
-    """Params entry `latents.<name>`: the model that samples latents, and the corpus."""
+    """Params entry `latents.<name>`: the model that samples latents, the corpus, and how one of the
+    K latents of a chunk is selected: by its weight, eq. (4), or, as a control, uniformly."""
 
     model: Annotated[str, EntryName("models")]
     corpus: Annotated[str, EntryName("corpora")]
+    selection: Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawSettings:
     """What sampling latents depends on, whatever they are used for. `context_chunks`: L, the number
-    of preceding raw chunks in a prompt; `max_latent_tokens`: length limit without EoL."""
+    of preceding raw chunks in a prompt; `max_latent_tokens`: length limit, without EoL."""
 
     seed: NonNegativeInt
     context_chunks: NonNegativeInt
     max_latent_tokens: PositiveInt
     sampling: SamplingConfig
+
+    @property
+    def selection(self) -> Selection:
+        """How a latent is selected where no entry of `latents` says it."""
+        return "weighted"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,3 +90,7 @@ class EStepSettings(DrawSettings):
     name: str
     k_samples: PositiveInt
     entry: LatentsEntry = from_key("latents.{name}")
+
+    @property
+    def selection(self) -> Selection:
+        return self.entry.selection

@@ -14,7 +14,6 @@ from boltlm.records import Sample
 
 HISTOGRAM_BIN = 0.5  # bin width of the histogram of log w, nats
 ESS_RESOLUTION = 0.01  # effective sample sizes are rounded to this before quantiles are taken
-INVALID_REASONS = ("length", "eos", "special")
 
 
 class WeightDiagnostics:
@@ -41,12 +40,14 @@ class WeightDiagnostics:
         counts = self.counts
         for group in groups:
             counts["chunks"] += 1
+            counts["distinct"] += len({sample.tokens for sample in group})
             self._add_weights(np.array([sample.log_weight for sample in group]))
             reference_latent = reference.get((group[0].doc_id, group[0].chunk))
             for sample in group:
                 counts["samples"] += 1
                 counts[sample.finish] += 1
-                counts["valid_tokens"] += len(sample.tokens) if sample.finish == "stop" else 0
+                counts["tokens"] += len(sample.tokens)
+                self.sums["allowed"] += math.exp(sample.log_allowed)
                 counts["selected_tokens"] += len(sample.tokens) if sample.selected else 0
                 if reference_latent is not None:
                     is_match = sample.latent == reference_latent
@@ -56,39 +57,35 @@ class WeightDiagnostics:
                     counts["selected_match"] += sample.selected and is_match
 
     def _add_weights(self, log_w_K: np.ndarray) -> None:
-        finite = log_w_K[np.isfinite(log_w_K)]
-        if not len(finite):
-            return
         weights_K = normalized_weights(log_w_K)
         ess = effective_sample_size(weights_K)
-        self.counts["weighted_chunks"] += 1
         self.ess_counts[round(ess / ESS_RESOLUTION)] += 1
-        self.bin_counts.update(np.floor(finite / HISTOGRAM_BIN).astype(int).tolist())
+        self.bin_counts.update(np.floor(log_w_K / HISTOGRAM_BIN).astype(int).tolist())
         self.sums["ess"] += ess
         self.sums["max_weight"] += weights_K.max()
-        self.sums["log_weight_std"] += finite.std()
+        self.sums["log_weight_std"] += log_w_K.std()
 
     def diagnostics(self) -> dict[str, float]:
         """The diagnostics of docs/method.md, section 4.3, over all chunks that were added.
 
-        Effective sample size (eq. (5); mean and quantiles), largest normalized weight and standard
-        deviation of log w within a chunk (nats) are averages over chunks with at least one valid
-        draw; `chunks_without_latent` counts the others. `invalid_*` counts draws that did not end
-        with EoL, by reason; lengths are in tokens.
+        Means over chunks: effective sample size (eq. (5); also quantiles), largest normalized
+        weight, standard deviation of log w (nats), number of distinct latents. Fractions of the
+        samples: those whose EoL was forced, and the probability of the draws that are ruled out
+        (NaN where the sampler does not know it). Lengths are in tokens.
         """
-        counts, weighted_chunks = self.counts, self.counts["weighted_chunks"]
+        counts, chunks, samples = self.counts, self.counts["chunks"], self.counts["samples"]
         return {
-            "chunks": counts["chunks"],
-            "samples": counts["samples"],
-            "chunks_without_latent": counts["chunks"] - weighted_chunks,
-            "ess_mean": _ratio(self.sums["ess"], weighted_chunks),
+            "chunks": chunks,
+            "samples": samples,
+            "ess_mean": _ratio(self.sums["ess"], chunks),
             "ess_p10": self._ess_quantile(0.1),
             "ess_p50": self._ess_quantile(0.5),
-            "max_weight_mean": _ratio(self.sums["max_weight"], weighted_chunks),
-            "log_weight_std_mean": _ratio(self.sums["log_weight_std"], weighted_chunks),
-            "invalid_fraction": 1 - counts["stop"] / max(counts["samples"], 1),
-            **{f"invalid_{reason}": counts[reason] for reason in INVALID_REASONS},
-            "latent_tokens_mean": _ratio(counts["valid_tokens"], counts["stop"]),
+            "max_weight_mean": _ratio(self.sums["max_weight"], chunks),
+            "log_weight_std_mean": _ratio(self.sums["log_weight_std"], chunks),
+            "distinct_latents_mean": _ratio(counts["distinct"], chunks),
+            "forced_fraction": _ratio(counts["length"], samples),
+            "masked_mass": 1 - _ratio(self.sums["allowed"], samples),
+            "latent_tokens_mean": _ratio(counts["tokens"], samples),
             "selected_latent_tokens": counts["selected_tokens"],
         }
 
@@ -98,7 +95,7 @@ class WeightDiagnostics:
         cumulative = 0
         for index in sorted(self.ess_counts):
             cumulative += self.ess_counts[index]
-            if cumulative >= fraction * self.counts["weighted_chunks"]:
+            if cumulative >= fraction * self.counts["chunks"]:
                 return round(index * ESS_RESOLUTION, 2)
         return math.nan
 
@@ -114,7 +111,7 @@ class WeightDiagnostics:
         }
 
     def histogram(self) -> list[tuple[float, float, int]]:
-        """(lower edge, upper edge, count) of the finite log w, in adjacent bins of HISTOGRAM_BIN
+        """(lower edge, upper edge, count) of log w, in adjacent bins of HISTOGRAM_BIN
         nats whose edges are multiples of the bin width."""
         if not self.bin_counts:
             return []

@@ -1,21 +1,21 @@
-"""The E-step (docs/method.md, section 4): sample K latents per chunk from q, weight each by p/q,
+"""The E-step (docs/method.md, section 4): sample K latents per chunk from q′, weight each by p/q′,
 select one.
 
-Letters as in docs/method.md: X chunk, C its context, Z latent, q proposal, p model, w weight.
+Letters as in docs/method.md: X chunk, C its context, Z latent, q′ proposal, p model, w weight.
 
-    eq. (1)   log q = log q(Z, EoL | BOS C SoL EoL X SoL Post)                     the sampler
-    eq. (2)   log p = log p(Z, EoL | BOS C SoL Prior)
-                    + log p(X | BOS C SoL Prior Z EoL)                             joint_scores
-    eq. (3)   log w = log p − log q                                                importance
+    eq. (1)   log q′ = log q′(Z, EoL | BOS C SoL EoL X SoL Post)                   the sampler
+    eq. (2)   log p  = log p(Z, EoL | BOS C SoL Prior)
+                     + log p(X | BOS C SoL Prior Z EoL)                            joint_scores
+    eq. (3)   log w  = log p − log q′                                              EStep
     eq. (4)   j ~ Categorical(softmax(log w_1, …, log w_K))                        importance
 
-p and q are the same model with different prompts. Log-probabilities are computed from the sampled
+p and q are the same model with different prompts; q′ is q without the tokens that a latent cannot
+contain, and with EoL forced at the maximum length. Log-probabilities are computed from the sampled
 token ids; nothing is decoded and encoded again in between.
 
 Shapes: K samples of a chunk.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel
 
-from boltlm.estep.config import SamplingConfig
-from boltlm.estep.importance import log_importance_weight, select_latent
+from boltlm.estep.config import SamplingConfig, Selection
+from boltlm.estep.importance import select_latent
 from boltlm.estep.samplers import Draw, Sampler, TransformersSampler
 from boltlm.estep.scoring import token_log_probs
 from boltlm.records import Chunk, Sample
@@ -65,6 +65,14 @@ def chunks_in_context(
     return with_context
 
 
+def forward_tokens(chunk: ChunkInContext, samples: Sequence[Sample]) -> int:
+    """The tokens that the E-step has to run through the model for a chunk: the proposal prompt with
+    every Z EoL after it, and the joint prompt with every Z EoL X after it."""
+    proposal_prompt, joint_prompt = len(chunk.context) + len(chunk.text) + 5, len(chunk.context) + 3
+    ended = sum(len(sample.tokens) + 1 for sample in samples)
+    return proposal_prompt + ended + joint_prompt + ended + len(samples) * len(chunk.text)
+
+
 @dataclass(frozen=True, slots=True)
 class JointScores:
     """The two terms of eq. (2), in nats: `latent` is log p(Z, EoL | BOS C SoL Prior), `text` is
@@ -90,7 +98,8 @@ class EStep:
     """Samples, scores and selects latents with one model, which is both q and p.
 
     `purpose` is part of the keys of all random numbers. Without a `sampler` the model itself draws
-    (TransformersSampler). `throughput` accumulates over calls of `run`.
+    (TransformersSampler). `selection` "uniform" replaces the weights of eq. (4) by equal ones.
+    `throughput` accumulates over calls of `run`.
     """
 
     def __init__(
@@ -103,10 +112,11 @@ class EStep:
         seed: int,
         purpose: str,
         sampler: Sampler | None = None,
+        selection: Selection = "weighted",
     ) -> None:
         self.model, self.coder, self.config = model, coder, config
         self.special_tokens, self.seed, self.purpose = coder.special_tokens, seed, purpose
-        self.max_latent_tokens = max_latent_tokens
+        self.max_latent_tokens, self.selection = max_latent_tokens, selection
         self.sampler: Sampler = sampler or TransformersSampler(
             model, coder.special_tokens, max_latent_tokens, config.batch_tokens, seed
         )
@@ -118,12 +128,11 @@ class EStep:
         num_samples: int,
         previous: Sequence[Sequence[Sample]] | None = None,
     ) -> list[list[Sample]]:
-        """`num_samples` samples of each chunk, at most one of them selected (none if all draws are
-        invalid).
+        """`num_samples` samples of each chunk, one of them selected.
 
         The random numbers of a sample depend on (seed, purpose, doc_id, chunk, k) only, so a larger
         K extends a smaller one. `previous`: samples of the same chunks that were drawn for another
-        K; they are reused, and only the missing ones are drawn.
+        K or another selection; they are reused, and only the missing ones are drawn.
         """
         num_previous = min((len(group) for group in previous or ()), default=0)
         num_reused = min(num_previous, num_samples)
@@ -170,9 +179,9 @@ class EStep:
         throughput.sample_seconds += sample_seconds
         throughput.score_seconds += score_seconds
         for chunk, draws_K in zip(chunks, draws, strict=True):
-            throughput.sampled_tokens += sum(len(draw.tokens) + 1 for draw in draws_K)
-            valid_lengths = [len(draw.tokens) + 1 for draw in draws_K if draw.finish == "stop"]
-            throughput.scored_tokens += sum(valid_lengths) + len(valid_lengths) * len(chunk.text)
+            ended = sum(len(draw.tokens) + 1 for draw in draws_K)
+            throughput.sampled_tokens += ended
+            throughput.scored_tokens += ended + len(draws_K) * len(chunk.text)
 
     def _sample(self, chunk: ChunkInContext, index: int, draw: Draw, score: JointScores) -> Sample:
         return Sample(
@@ -183,15 +192,17 @@ class EStep:
             tokens=draw.tokens,
             finish=draw.finish,
             log_q=draw.log_q,
+            log_allowed=draw.log_allowed,
             log_p_latent=score.latent,
             log_p_text=score.text,
-            log_weight=log_importance_weight(draw.log_q, score.latent, score.text, draw.finish),
+            log_weight=score.latent + score.text - draw.log_q,  # eq. (3)
             selected=False,
         )
 
     def _select(self, samples: list[Sample]) -> list[Sample]:
         """Mark the sample j of eq. (4)."""
-        log_w_K = np.array([sample.log_weight for sample in samples])
+        is_weighted = self.selection == "weighted"
+        log_w_K = np.array([sample.log_weight if is_weighted else 0.0 for sample in samples])
         doc_id, chunk = samples[0].doc_id, samples[0].chunk
         j = select_latent(log_w_K, self.seed, "select", self.purpose, doc_id, chunk)
         return [replace(sample, selected=k == j) for k, sample in enumerate(samples)]
@@ -204,19 +215,21 @@ def rescore_proposal(
     draws: Sequence[Sequence[Draw]],
     batch_tokens: int,
 ) -> list[list[Draw]]:
-    """The same draws with log q, eq. (1), computed by the scorer. Invalid draws are unchanged."""
-    branches = [
-        [(*draw.tokens, special.eol) if draw.finish == "stop" else () for draw in draws_K]
-        for draws_K in draws
-    ]
-    log_probs = token_log_probs(model, prompts, branches, batch_tokens)
+    """The same draws with log q′, eq. (1), and `log_allowed`, eq. (1a), by the scorer."""
+    branches = [[(*draw.tokens, special.eol) for draw in draws_K] for draws_K in draws]
+    masked = token_log_probs(model, prompts, branches, batch_tokens, special.barred)
+    plain = token_log_probs(model, prompts, branches, batch_tokens)
     return [
-        [
-            replace(draw, log_q=float(log_probs_L.sum())) if draw.finish == "stop" else draw
-            for draw, log_probs_L in zip(draws_K, log_probs_KL, strict=True)
-        ]
-        for draws_K, log_probs_KL in zip(draws, log_probs, strict=True)
+        [_rescored(*scored) for scored in zip(draws_K, masked_KL, plain_KL, strict=True)]
+        for draws_K, masked_KL, plain_KL in zip(draws, masked, plain, strict=True)
     ]
+
+
+def _rescored(draw: Draw, masked_L: np.ndarray, plain_L: np.ndarray) -> Draw:
+    """`masked_L`, `plain_L`: log-probabilities of Z EoL without and with the barred tokens. An EoL
+    that was forced has probability 1 in q′."""
+    log_q = float(masked_L.sum() if draw.finish == "stop" else masked_L[:-1].sum())
+    return replace(draw, log_q=log_q, log_allowed=float(plain_L.sum()) - log_q)
 
 
 def joint_scores(
@@ -226,30 +239,24 @@ def joint_scores(
     draws: Sequence[Sequence[Draw]],
     batch_tokens: int,
 ) -> list[list[JointScores]]:
-    """Both terms of log p, eq. (2), for each draw of each chunk; NaN for invalid draws."""
+    """Both terms of log p, eq. (2), for each draw of each chunk."""
     prefixes = [layouts.prior_prompt(special, chunk.context) for chunk in chunks]
     branches = [
-        [
-            (*draw.tokens, special.eol, *chunk.text) if draw.finish == "stop" else ()
-            for draw in draws_K
-        ]
+        [(*draw.tokens, special.eol, *chunk.text) for draw in draws_K]
         for chunk, draws_K in zip(chunks, draws, strict=True)
     ]
     log_probs = token_log_probs(model, prefixes, branches, batch_tokens)
     return [
         [
-            _split_joint(draw, log_probs_L)
+            _split_joint(len(draw.tokens) + 1, log_probs_L)
             for draw, log_probs_L in zip(draws_K, log_probs_KL, strict=True)
         ]
         for draws_K, log_probs_KL in zip(draws, log_probs, strict=True)
     ]
 
 
-def _split_joint(draw: Draw, log_probs_L: np.ndarray) -> JointScores:
+def _split_joint(latent_length: int, log_probs_L: np.ndarray) -> JointScores:
     """Sums over the tokens of (Z, EoL) and over those of X."""
-    if draw.finish != "stop":
-        return JointScores(math.nan, math.nan)
-    latent_length = len(draw.tokens) + 1
     return JointScores(
         float(log_probs_L[:latent_length].sum()), float(log_probs_L[latent_length:].sum())
     )

@@ -7,12 +7,13 @@ from boltlm import checkpoint
 from boltlm.corpus.reference_latents import shard_reference_latents
 from boltlm.estep.config import DrawSettings, EStepSettings
 from boltlm.estep.diagnostics import WeightDiagnostics
-from boltlm.estep.estep import Throughput
+from boltlm.estep.estep import Throughput, chunks_in_context, forward_tokens
 from boltlm.estep.executors import execute_shards
-from boltlm.estep.shard_worker import ShardTask, group_by_chunk
+from boltlm.estep.shard_worker import ShardTask, context_token_budget, group_by_chunk
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
-from boltlm.records import Sample, read_shard, shard_paths
+from boltlm.records import Chunk, Sample, read_shard, shard_paths
 from boltlm.shard_store import run_shards
+from boltlm.tokens import TextCoder
 
 
 def run_estep(
@@ -29,12 +30,13 @@ def run_estep(
 
     Writes the samples to `out` and the histogram of log w to `histogram_path` (CSV). Returns the
     diagnostics of section 4.3, with exact-match fractions where the data set provides latents, and
-    the wall-clock figures of the draws made in this run (empty if none were made).
+    the wall-clock figures of the draws made in this run (empty if none were made). Random numbers
+    are keyed by the name of the model, so entries with the same model share their draws.
     Raises UserError where the model or the chunks are missing, or a worker process dies.
     """
     throughputs = draw_latents(
         settings,
-        settings.name,
+        f"estep {settings.entry.model}",
         model=model,
         chunks=chunks,
         work=work,
@@ -42,15 +44,22 @@ def run_estep(
         num_samples=settings.k_samples,
         what=f"latents {settings.name}",
     )
-    diagnostics = WeightDiagnostics()
+    diagnostics, tokens = WeightDiagnostics(), 0
+    token_budget = context_token_budget(
+        TextCoder(checkpoint.final_weights(model)), settings.max_latent_tokens
+    )
     for path in shard_paths(chunks):
         groups = group_by_chunk(read_shard(out / path.name, Sample))
+        shard = read_shard(path, Chunk)
+        in_context = chunks_in_context(shard, settings.context_chunks, token_budget)
+        tokens += sum(map(forward_tokens, in_context, groups))
         diagnostics.add(groups, shard_reference_latents(split / path.name, path))
     bins = (",".join(map(str, line)) for line in diagnostics.histogram())
     lines = ["from_nats,to_nats,count", *bins]
     histogram_path.parent.mkdir(parents=True, exist_ok=True)
     histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
+    metrics["forward_tokens"] = tokens
     return metrics, _wall_clock_figures(throughputs)
 
 
@@ -69,8 +78,8 @@ def draw_latents(
 
     `purpose` keys their random numbers; `what` labels the progress display. Finished shards are
     saved below `work` under a fingerprint of the model's and the chunks' contents, the settings and
-    the code: an interrupted run can be resumed, and a run with another number of samples reuses the
-    ones that exist. Returns the throughput of each shard that this run processed.
+    the code: an interrupted run can be resumed, and a run with another number of samples or another
+    selection reuses the ones that exist. Returns the throughput of each shard that this run processed.
     """
     facts = {
         "purpose": purpose,

@@ -1,11 +1,11 @@
-"""Sampling latents from q (docs/method.md, sections 4.1 and 4.2): K token sequences for each
-prompt, their log-probabilities, and why each of them ended.
+"""Sampling latents from q′ (docs/method.md, sections 4.1 and 4.2): K token sequences for each
+prompt, their log-probabilities, and how each of them ended.
 
 Shapes: B batch rows, D draws of a batch, K draws of a row, L positions, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,22 +18,24 @@ from boltlm.seeds import generator
 from boltlm.sequences.layouts import TokenIds
 from boltlm.tokens import SpecialTokens
 
-FinishReason = Literal["stop", "length", "eos", "special"]
+FinishReason = Literal["stop", "length"]
 SampleKey = tuple[str | int, ...]
 MIN_ACTIVE_FRACTION = 0.7  # finished rows leave the batch when fewer of its rows are active
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sequence sampled from q.
+    """One latent sampled from q′: `tokens`, without the EoL that ended it.
 
-    `tokens` excludes the token that ended it; `log_q`, in nats, covers all sampled tokens including
-    that one, eq. (1). Only a draw whose `finish` is "stop" (it ended with EoL) is a latent.
+    `finish` is "stop" where EoL was drawn and "length" where it was forced, after the maximum
+    number of tokens. In nats: `log_q` is log q′, eq. (1); `log_allowed`, at most 0, is what the
+    model's own log q(Z, EoL) has beyond it, eq. (1a). A sampler that cannot know it gives NaN.
     """
 
     tokens: tuple[int, ...]
     finish: FinishReason
     log_q: float
+    log_allowed: float
 
 
 class Sampler(Protocol):
@@ -46,23 +48,9 @@ class Sampler(Protocol):
         num_samples: int,
         first_index: int = 0,
     ) -> list[list[Draw]]:
-        """Draws k = `first_index`, `first_index` + 1, … of each prompt, `num_samples` of them, at
-        temperature 1 without top-k or top-p. Draw k of prompt i depends on (seed, keys[i], k)."""
+        """Draws k = `first_index`, `first_index` + 1, … of each prompt, `num_samples` of them, from
+        q′. Draw k of prompt i depends on (seed, keys[i], k)."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class StopTokens:
-    """The tokens that end a draw, with the finish reason of each."""
-
-    finish_reasons: dict[int, FinishReason]
-
-    @classmethod
-    def for_latents(cls, special: SpecialTokens) -> "StopTokens":
-        """EoL ends a latent; EOS and every token that a latent must not contain end an invalid
-        draw."""
-        forbidden: dict[int, FinishReason] = dict.fromkeys(special.forbidden, "special")
-        return cls({**forbidden, special.eos: "eos", special.eol: "stop"})
 
 
 @dataclass(slots=True)
@@ -71,7 +59,7 @@ class TransformersSampler:
 
     Each draw has its own uniform number for each step, so it does not depend on the rest of its
     batch. Draws of a prompt that agree so far share one row of the batch: the prompt, and every
-    common prefix of draws, is computed once. `greedy` takes the most probable token instead.
+    common prefix of draws, is computed once.
     """
 
     model: PreTrainedModel
@@ -79,11 +67,6 @@ class TransformersSampler:
     max_latent_tokens: int
     batch_tokens: int
     seed: int
-    greedy: bool = False
-    stop_tokens: StopTokens = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stop_tokens = StopTokens.for_latents(self.special_tokens)
 
     def sample(
         self,
@@ -105,7 +88,7 @@ class TransformersSampler:
     def _uniform_noise(
         self, keys: Sequence[SampleKey], num_samples: int, first_index: int
     ) -> np.ndarray:
-        steps = self.max_latent_tokens + 1
+        steps = self.max_latent_tokens
         indices = range(first_index, first_index + num_samples)
         return np.stack(
             [generator(self.seed, *key, k).random(steps) for key in keys for k in indices]
@@ -116,27 +99,25 @@ class TransformersSampler:
         self, prompts: list[TokenIds], noise_DL: np.ndarray, num_samples: int
     ) -> list[Draw]:
         """The draws of a batch, those of a prompt one after the other."""
+        eol = self.special_tokens.eol
         tokens: list[list[int]] = [[] for _ in noise_DL]
-        log_q_D = np.zeros(len(tokens))
-        finish: list[FinishReason] = ["length"] * len(tokens)
+        log_q_D, log_allowed_D = np.zeros(len(tokens)), np.zeros(len(tokens))
         logits_BV, cache, mask_BL = prefill(self.model, prompts, PreallocatedCacheLayer)
         # The draws that each row of the batch stands for; an empty list: all of them have ended.
         rows = [list(range(i * num_samples, (i + 1) * num_samples)) for i in range(len(prompts))]
-        for step in range(self.max_latent_tokens + 1):
-            next_tokens, log_probs = self._choose_tokens(logits_BV, rows, noise_DL[:, step])
+        for noise_D in noise_DL.T:
+            chosen = self._choose_tokens(logits_BV, rows, noise_D)
             # Of each row: its unfinished draws, grouped by their next token.
             branches: list[dict[int, list[int]]] = []
-            for row, token_K, log_prob_K in zip(rows, next_tokens, log_probs, strict=True):
+            for row, token_K, log_q_K, log_allowed in zip(rows, *chosen, strict=True):
                 branches.append({})
-                for draw, token, log_prob in zip(row, token_K, log_prob_K, strict=False):
-                    log_q_D[draw] += log_prob
-                    reason = self.stop_tokens.finish_reasons.get(token)
-                    if reason is not None:
-                        finish[draw] = reason
-                        continue
-                    tokens[draw].append(token)
-                    branches[-1].setdefault(token, []).append(draw)
-            if not any(branches) or step == self.max_latent_tokens:
+                for draw, token, log_q in zip(row, token_K, log_q_K, strict=False):
+                    log_q_D[draw] += log_q
+                    log_allowed_D[draw] += log_allowed
+                    if token != eol:
+                        tokens[draw].append(token)
+                        branches[-1].setdefault(token, []).append(draw)
+            if not any(branches):
                 break
             rows, input_ids, mask_BL = _branch_rows(cache, mask_BL, branches)
             logits_BV = self.model(
@@ -146,27 +127,35 @@ class TransformersSampler:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        # A draw that reaches the length limit has one token more than a latent may have.
+        else:  # some draws have reached the limit: EoL follows with probability 1
+            log_eol_B = logits_BV.float().log_softmax(-1)[:, eol].tolist()
+            for row, log_eol in zip(rows, log_eol_B, strict=True):
+                log_allowed_D[row] += log_eol
         return [
-            Draw(tuple(token_L[: self.max_latent_tokens]), reason, float(log_q))
-            for token_L, reason, log_q in zip(tokens, finish, log_q_D, strict=True)
+            Draw(
+                tuple(token_L),
+                "stop" if len(token_L) < self.max_latent_tokens else "length",
+                float(log_q),
+                float(log_allowed),
+            )
+            for token_L, log_q, log_allowed in zip(tokens, log_q_D, log_allowed_D, strict=True)
         ]
 
     def _choose_tokens(
         self, logits_BV: torch.Tensor, rows: list[list[int]], noise_D: np.ndarray
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """The next token of each row's draws and its log-probability, both (B, K) with K the
-        maximum number of draws of a row; shorter rows are padded."""
+    ) -> tuple[list[list[int]], list[list[float]], list[float]]:
+        """The next token of each row's draws and its log q′, both (B, K) with K the maximum number
+        of draws of a row (shorter rows are padded), and the log of the probability that q gives to
+        all allowed tokens, (B,)."""
         log_probs_BV = logits_BV.float().log_softmax(-1)
+        log_probs_BV[:, list(self.special_tokens.barred)] = -torch.inf
         noise_BK = np.zeros((len(rows), max(map(len, rows))))
         for index, row in enumerate(rows):
             noise_BK[index, : len(row)] = noise_D[row]
-        if self.greedy:
-            tokens_BK = log_probs_BV.argmax(-1, keepdim=True).expand(noise_BK.shape)
-        else:
-            noise = torch.from_numpy(noise_BK).to(log_probs_BV.device)
-            tokens_BK = inverse_cdf(log_probs_BV, noise)
-        return tokens_BK.tolist(), log_probs_BV.gather(1, tokens_BK).tolist()
+        noise = torch.from_numpy(noise_BK).to(log_probs_BV.device)
+        tokens_BK, log_allowed_B1 = inverse_cdf(log_probs_BV, noise)
+        log_q_BK = log_probs_BV.gather(1, tokens_BK) - log_allowed_B1
+        return tokens_BK.tolist(), log_q_BK.tolist(), log_allowed_B1[:, 0].clamp_max(0).tolist()
 
 
 def _branch_rows(
@@ -196,10 +185,14 @@ def _branch_rows(
     return [draws for _, draws in rows], [token for token, _ in rows], mask_BL
 
 
-def inverse_cdf(log_probs_BV: torch.Tensor, noise_BK: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(
+    log_probs_BV: torch.Tensor, noise_BK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens, shape (B, K), at which the cumulative probability of a row first exceeds its
-    uniform numbers in [0, 1)."""
+    uniform numbers in [0, 1) times its total, and the log of that total, shape (B, 1). A token of
+    probability 0 is never chosen."""
     cumulative_BV = log_probs_BV.double().exp().cumsum(-1)
-    threshold_BK = noise_BK * cumulative_BV[:, -1:]
-    tokens_BK = torch.searchsorted(cumulative_BV, threshold_BK, right=True)
-    return tokens_BK.clamp_max(log_probs_BV.shape[-1] - 1)
+    total_B1 = cumulative_BV[:, -1:]
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))
+    threshold_BK = torch.minimum(noise_BK * total_B1, below_B1)
+    return torch.searchsorted(cumulative_BV, threshold_BK, right=True), total_B1.log()

@@ -23,13 +23,15 @@ def token_log_probs(
     prefixes: Sequence[TokenIds],
     branches: Sequence[Sequence[TokenIds]],
     batch_tokens: int,
+    barred: Sequence[int] = (),
 ) -> list[list[np.ndarray]]:
     """log p(token | prefix, preceding tokens) for every token of every branch, in nats.
 
     `branches[i]` are the continuations of `prefixes[i]`; the result has the same nesting, with a
     float64 array of shape (length of the branch,) for each. A prefix has at least one token, a
     branch may be empty. The branches of a prefix share its key–value cache, and equal branches are
-    scored once. `batch_tokens`: maximum number of tokens in a batch.
+    scored once. `batch_tokens`: maximum number of tokens in a batch. `barred`: tokens that have
+    probability 0, the others being renormalised; no branch contains one.
     """
     unique = [sorted({tuple(branch) for branch in group if branch}) for group in branches]
     max_lengths = [max(map(len, group), default=0) for group in unique]
@@ -42,7 +44,7 @@ def token_log_probs(
         indices = [nonempty[i] for i in batch]
         rows = [(i, branch) for i in indices for branch in unique[i]]
         log_probs_BL = _score_batch(
-            model, [prefixes[i] for i in indices], [unique[i] for i in indices]
+            model, [prefixes[i] for i in indices], [unique[i] for i in indices], barred
         )
         for (index, branch), log_probs_L in zip(rows, log_probs_BL, strict=True):
             scores[index][branch] = log_probs_L
@@ -53,7 +55,10 @@ def token_log_probs(
 
 
 def _score_batch(
-    model: PreTrainedModel, prefixes: list[TokenIds], groups: list[list[tuple[int, ...]]]
+    model: PreTrainedModel,
+    prefixes: list[TokenIds],
+    groups: list[list[tuple[int, ...]]],
+    barred: Sequence[int],
 ) -> list[np.ndarray]:
     """Cache each prefix without its last token, then run that token and the branch after it."""
     device = model.device
@@ -81,21 +86,27 @@ def _score_batch(
         use_cache=bool(arguments),
         **arguments,
     ).last_hidden_state
-    log_probs_BL = target_log_probs(model, hidden_BLD, targets_BL).double().cpu().numpy()
+    log_probs_BL = target_log_probs(model, hidden_BLD, targets_BL, barred).double().cpu().numpy()
     return [log_probs_BL[row, : len(branch)] for row, branch in enumerate(branches)]
 
 
 def target_log_probs(
-    model: PreTrainedModel, hidden_BLD: torch.Tensor, targets_BL: torch.Tensor
+    model: PreTrainedModel,
+    hidden_BLD: torch.Tensor,
+    targets_BL: torch.Tensor,
+    barred: Sequence[int],
 ) -> torch.Tensor:
-    """Log-probabilities of the targets, shape (B, L), from the last hidden states. The logits are
-    computed for LOGIT_POSITIONS positions at a time, which bounds their memory."""
+    """Log-probabilities of the targets, shape (B, L), from the last hidden states, when the tokens
+    `barred` have probability 0. The logits are computed for LOGIT_POSITIONS positions at a time,
+    which bounds their memory."""
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output layer"
+    barred_ids = torch.tensor(barred, dtype=torch.long, device=hidden_BLD.device)
     flat_hidden, flat_targets = hidden_BLD.flatten(0, 1), targets_BL.flatten()
     parts = [
         head(flat_hidden[i : i + LOGIT_POSITIONS])
         .float()
+        .index_fill_(1, barred_ids, -torch.inf)
         .log_softmax(-1)
         .gather(1, flat_targets[i : i + LOGIT_POSITIONS, None])[:, 0]
         for i in range(0, len(flat_targets), LOGIT_POSITIONS)

@@ -22,7 +22,8 @@ class ShardTask:
     """What a worker needs to process shards, in whichever process or on whichever node it runs.
 
     `model` and `chunks`: the folders of the checkpoint and of the table of chunks. `folder`: the
-    work folder, with one subfolder of finished shards for each number of samples.
+    work folder of the draws, with a subfolder of finished shards for each selection and number of
+    samples: the draws are shared, and what is selected among them is not.
     """
 
     settings: DrawSettings
@@ -33,18 +34,15 @@ class ShardTask:
     num_samples: int
 
     def samples_folder(self, num_samples: int) -> Path:
-        return self.folder / f"k{num_samples}"
+        return self.folder / f"{self.settings.selection}-k{num_samples}"
 
     def reusable_samples(self, shard: str) -> list[list[Sample]] | None:
-        """The samples of a shard that were drawn for another K, by chunk: the largest such K whose
-        shard is complete, or None."""
-        counts = sorted(
-            (int(path.name[1:]) for path in self.folder.glob("k*") if path.name[1:].isdigit()),
-            reverse=True,
-        )
-        for count in counts:
-            path = self.samples_folder(count) / shard
-            if count != self.num_samples and is_complete(path):
+        """The samples of a shard that were drawn for another K or another selection, by chunk: the
+        largest such K whose shard is complete, or None."""
+        counts = {path: int(path.name.rpartition("-k")[2]) for path in self.folder.glob("*-k*")}
+        for folder in sorted(counts, key=lambda path: (counts[path], path.name), reverse=True):
+            path = folder / shard
+            if folder != self.samples_folder(self.num_samples) and is_complete(path):
                 return group_by_chunk(read_shard(path, Sample))
         return None
 
@@ -100,6 +98,7 @@ def build_estep(settings: DrawSettings, model: Path, *, purpose: str) -> EStep:
         seed=settings.seed,
         purpose=purpose,
         sampler=sampler,
+        selection=settings.selection,
     )
 
 

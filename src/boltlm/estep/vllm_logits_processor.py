@@ -27,7 +27,8 @@ class InverseCDFProcessor(LogitsProcessor):
     """Chooses each token by inverse transform sampling, with the same uniform numbers as
     `TransformersSampler`, and masks all other tokens; vLLM then samples greedily.
 
-    vLLM computes log q from the logits before this processor changes them. A request passes the key
+    vLLM has set the logits of barred tokens to −∞ before, and computes log-probabilities from the
+    logits before either. A request passes the key
     of its random numbers as `extra_args={"draw": [seed, *key, k]}`.
     """
 
@@ -49,7 +50,9 @@ class InverseCDFProcessor(LogitsProcessor):
         if not params.extra_args or params.max_tokens is None:
             return None
         seed, *key = params.extra_args["draw"]
-        return _RequestState(generator(seed, *key).random(params.max_tokens), output_ids)
+        # The token of the last step is not used (VLLMSampler); it needs a number all the same.
+        noise = generator(seed, *key).random(params.max_tokens)
+        return _RequestState(noise, output_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.requests:
@@ -58,7 +61,7 @@ class InverseCDFProcessor(LogitsProcessor):
         states = self.requests.values()
         noise_B = np.array([state.noise[len(state.output_ids)] for state in states])
         noise_B1 = torch.from_numpy(noise_B).to(self.device)[:, None]
-        tokens_B = inverse_cdf(logits[rows].log_softmax(-1), noise_B1)[:, 0]
+        tokens_B1, _ = inverse_cdf(logits[rows].log_softmax(-1), noise_B1)
         logits[rows] = -torch.inf
-        logits[rows, tokens_B] = 0.0
+        logits[rows, tokens_B1[:, 0]] = 0.0
         return logits

@@ -3,18 +3,22 @@
 On a GPU every draw is a request with its own seed, which vLLM's V2 model runner supports at full
 speed. On a CPU the V1 model runner would process seeded requests one at a time; there
 `vllm_logits_processor` supplies the random numbers.
+
+Shapes: L tokens of a draw, T tokens whose log-probabilities vLLM returns.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from boltlm.errors import UserError
-from boltlm.estep.samplers import Draw, SampleKey, StopTokens
+from boltlm.estep.samplers import Draw, SampleKey
 from boltlm.params import Precision
 from boltlm.seeds import generator
 from boltlm.sequences.layouts import TokenIds
@@ -70,8 +74,9 @@ def vllm_startup(folder: Path) -> Iterator[None]:
 
 
 class VLLMSampler:
-    """Samples with vLLM. log q is the sum of vLLM's raw log-probabilities, the model's own at
-    temperature 1.
+    """Samples with vLLM from q′: the barred tokens have a logit bias of −∞. log q′ and the log of
+    the probability that q gives to the allowed tokens are computed from vLLM's raw log-probabilities,
+    the model's own at temperature 1, of each sampled token, the barred tokens and EoL.
 
     Every draw is a request; the requests of a prompt share its cached prefix. On a CPU the draws
     are those of `TransformersSampler` up to rounding; on a GPU they are others from the same
@@ -99,7 +104,7 @@ class VLLMSampler:
             ) from error
         self.max_latent_tokens, self.seed = max_latent_tokens, seed
         self.use_request_seeds = torch.cuda.is_available()
-        self.stop_tokens = StopTokens.for_latents(special_tokens)
+        self.special_tokens = special_tokens
         with vllm_startup(folder):
             self.model: Any = LLM(
                 str(folder),
@@ -121,12 +126,15 @@ class VLLMSampler:
         """As `Sampler.sample`."""
         from vllm import SamplingParams, TokensPrompt
 
+        special = self.special_tokens
         sampling_params = [
             SamplingParams(
+                # The last step yields log q(EoL) of a draw that has reached the limit.
                 max_tokens=self.max_latent_tokens + 1,
-                logprobs=0,
+                logit_bias=dict.fromkeys(special.barred, -math.inf),
+                logprob_token_ids=[special.eol, *special.barred],
                 flat_logprobs=True,
-                stop_token_ids=list(self.stop_tokens.finish_reasons),
+                stop_token_ids=[special.eol],
                 ignore_eos=True,
                 detokenize=False,
                 skip_clone=True,
@@ -153,13 +161,18 @@ class VLLMSampler:
 
     def _draw(self, output: Any) -> Draw:
         tokens = list(output.token_ids)
-        log_q = sum(output.logprobs.logprobs)
-        # With logprobs=0 vLLM returns the log-probability of the sampled token only.
-        assert len(output.logprobs.logprobs) == len(tokens)
-        finish = self.stop_tokens.finish_reasons.get(tokens[-1])
-        # A draw that reaches the length limit has one token more than a latent may have.
-        latent = tokens[:-1] if finish is not None else tokens[: self.max_latent_tokens]
-        return Draw(tuple(latent), finish or "length", float(log_q))
+        # Of each token: log q of itself, of EoL, and of the barred tokens.
+        log_probs_LT = np.reshape(output.logprobs.logprobs, (len(tokens), -1))
+        barred_L = np.exp(log_probs_LT[:, 2:]).sum(1)
+        # The sampled token is allowed, whatever the rounding of the others.
+        allowed_L = np.maximum(1 - barred_L, np.exp(log_probs_LT[:, 0]))
+        log_q_L, log_allowed_L = log_probs_LT[:, 0] - np.log(allowed_L), np.log(allowed_L)
+        limit = self.max_latent_tokens
+        if len(tokens) <= limit:
+            return Draw(tuple(tokens[:-1]), "stop", log_q_L.sum(), log_allowed_L.sum())
+        # Whatever was drawn after the maximum number of tokens is replaced by EoL.
+        log_allowed_L[limit] = log_probs_LT[limit, 1]
+        return Draw(tuple(tokens[:limit]), "length", log_q_L[:limit].sum(), log_allowed_L.sum())
 
 
 def _processor_name() -> str:
