@@ -26,9 +26,7 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).double().eval()
 
 
-def log_probs(
-    model64: PreTrainedModel, prompt: Ids, tokens: Ids, barred: Ids = ()
-) -> np.ndarray:
+def log_probs(model64: PreTrainedModel, prompt: Ids, tokens: Ids, barred: Ids = ()) -> np.ndarray:
     """log p(token | prompt, the tokens before it) for each of `tokens`, in nats, when the tokens
     `barred` have probability 0 and the others are renormalised."""
     ids_1L = torch.tensor([[*prompt, *tokens]])

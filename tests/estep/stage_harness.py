@@ -27,7 +27,10 @@ def small_params() -> dict[str, Any]:
         "heldout": {"documents": 1, "source": {"problems": "held_out"}},
     }
     params["questions"]["count"] = 0
-    params["latents"] = {"em1": {"model": "warmstart", "corpus": "em", "selection": "weighted"}}
+    params["latents"] = {
+        "em1": {"model": "warmstart", "corpus": "em", "selection": "weighted"},
+        "uniform": {"model": "warmstart", "corpus": "em", "selection": "uniform"},
+    }
     params |= {"max_latent_tokens": 8, "k_samples": 3, "context_chunks": 2}
     params["sampling"]["batch_tokens"] = 4096
     return params
@@ -65,10 +68,10 @@ class LatentsStage:
     def out(self) -> Path:
         return self.folder / "out"
 
-    def run(self) -> tuple[dict[str, int | float], dict[str, float]]:
-        """The metrics and the wall-clock figures of a run in this process."""
+    def run(self, name: str = "em1") -> tuple[dict[str, int | float], dict[str, float]]:
+        """The metrics and the wall-clock figures of a run of an entry in this process."""
         return run_estep(
-            self.settings,
+            build_settings(EStepSettings, self.params, name=name),
             model=self.model,
             split=self.folder / "split" / "em",
             chunks=self.chunks,

@@ -82,8 +82,10 @@ class FixedSampler:
     """A sampler of given latents that reports another log q′ than theirs."""
 
     def __init__(self, latents: Sequence[tuple[int, ...]]) -> None:
-        ends = ("stop" if len(z) < MAX_LATENT_TOKENS else "length" for z in latents)
-        self.draws = [Draw(z, end, -1.0, np.nan) for z, end in zip(latents, ends, strict=True)]
+        self.draws = [
+            Draw(z, "stop" if len(z) < MAX_LATENT_TOKENS else "length", -1.0, np.nan)
+            for z in latents
+        ]
 
     def sample(
         self,

@@ -1,4 +1,5 @@
-"""Draws come from the model's distribution over what a latent can contain, and do not depend on the rest of the batch.
+"""Draws come from the model's distribution over the tokens that a latent can contain, and do not
+depend on the rest of the batch.
 
 Shapes: L positions, V vocabulary.
 """
@@ -57,9 +58,9 @@ def test_log_q_is_the_score_of_what_was_drawn(enumerable: Tiny, draws: list[list
             assert draw.log_allowed <= 0
 
 
-def test_every_draw_is_a_latent(enumerable: Tiny, draws: list[list[Draw]]) -> None:
-    """A special token inside a latent would violate the token grammar. Latents of all lengths up to
-    the limit occur, and EoL is forced at the limit only."""
+def test_every_draw_is_a_latent(draws: list[list[Draw]]) -> None:
+    """A special token inside a latent would violate the token grammar. Latents of all lengths occur
+    up to the limit, and EoL is forced at the limit only."""
     flat = [draw for group in draws for draw in group]
     for draw in flat:
         assert set(draw.tokens) <= set(ORDINARY)

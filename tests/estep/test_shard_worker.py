@@ -1,14 +1,18 @@
 """The E-step over a corpus: the same samples whatever the shards, interruptions and reruns."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from boltlm.estep.estep import ChunkInContext, EStep
+from boltlm.estep.estep import ChunkInContext, EStep, chunks_in_context
 from boltlm.estep.samplers import TransformersSampler
+from boltlm.estep.shard_worker import group_by_chunk
 from boltlm.records import Chunk, Sample, read_shard, read_table
+from boltlm.tokens import TextCoder
+from tests import reference
 from tests.estep.stage_harness import DOCUMENTS, LatentsStage, content, small_params
 
 
@@ -99,11 +103,9 @@ def test_other_settings_do_not_reuse_shards(
     assert timing == {}, "no draws were made, so there is nothing that was measured"
 
 
-def test_another_k_reuses_existing_draws(
-    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After K = 3, K = 5 draws two more per chunk and K = 2 none; both equal a new run with that
-    K."""
+@pytest.fixture
+def sampler_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The index of the first draw and the number of draws of each call of the sampler."""
     calls: list[tuple[int, int]] = []
     sample = TransformersSampler.sample
 
@@ -114,6 +116,14 @@ def test_another_k_reuses_existing_draws(
         return sample(self, prompts, keys, num_samples, first_index)
 
     monkeypatch.setattr(TransformersSampler, "sample", recorded_sample)
+    return calls
+
+
+def test_another_k_reuses_existing_draws(
+    base_folder: Path, tmp_path: Path, sampler_calls: list[tuple[int, int]]
+) -> None:
+    """After K = 3, K = 5 draws two more per chunk and K = 2 none; both equal a new run with that
+    K."""
     stage = LatentsStage(tmp_path / "reused", base_folder, 100)
     stage.run()
     three = stage.samples()
@@ -124,7 +134,7 @@ def test_another_k_reuses_existing_draws(
     _, timing = stage.run()
     assert timing == {}
     two = stage.samples()
-    assert calls == [(0, 3), (3, 2)]
+    assert sampler_calls == [(0, 3), (3, 2)]
     assert [(s.tokens, s.log_q) for s in five if s.sample < 3] == [
         (s.tokens, s.log_q) for s in three
     ]
@@ -133,3 +143,54 @@ def test_another_k_reuses_existing_draws(
         new.params["k_samples"] = k
         new.run()
         assert content(new.samples()) == content(samples)
+
+
+def test_a_control_shares_the_draws_and_not_the_selection(
+    base_folder: Path, tmp_path: Path, sampler_calls: list[tuple[int, int]]
+) -> None:
+    """An entry with the same model and another selection draws nothing. In whichever order the two
+    are run, before and after a change of K, each has its own selection: that of a run alone."""
+
+    def both(stage: LatentsStage, names: tuple[str, str]) -> dict[str, list[Sample]]:
+        samples = {}
+        for name in names:
+            stage.run(name)
+            samples[name] = stage.samples()
+        return samples
+
+    stage, shards = LatentsStage(tmp_path / "shared", base_folder, 3), 3
+    stage.params["k_samples"] = 16
+    fewer = both(stage, ("em1", "uniform"))
+    assert sampler_calls == [(0, 16)] * shards
+    stage.params["k_samples"] = 17
+    more = both(stage, ("uniform", "em1"))
+    assert sampler_calls == [(0, 16)] * shards + [(16, 1)] * shards
+    stage.params["k_samples"] = 16
+    assert both(stage, ("em1", "uniform")) == fewer
+    for samples in (fewer, more):
+        first, second = (
+            [replace(s, selected=False) for s in samples[name]] for name in ("em1", "uniform")
+        )
+        assert first == second
+        assert samples["em1"] != samples["uniform"]
+    alone = LatentsStage(tmp_path / "alone", base_folder, 3)
+    alone.params["k_samples"] = 17
+    alone.run("uniform")
+    assert content(alone.samples()) == content(more["uniform"])
+
+
+def test_forward_tokens_are_counted_over_the_corpus(
+    one_shard: LatentsStage, base_folder: Path
+) -> None:
+    """The same sum over prompts and sequences that are written out."""
+    metrics, _ = one_shard.run()
+    coder = TextCoder(base_folder)
+    chunks = chunks_in_context(list(read_table(one_shard.chunks, Chunk)), 2, 10**6)
+    assert max(len(chunk.context) for chunk in chunks) > 20
+    total = 0
+    for chunk, group in zip(chunks, group_by_chunk(one_shard.samples()), strict=True):
+        posterior = reference.posterior_prompt(coder.special_tokens, chunk.context, chunk.text)
+        prior = reference.prior_prompt(coder.special_tokens, chunk.context)
+        total += len(posterior) + len(prior)
+        total += sum(2 * (len(s.tokens) + 1) + len(chunk.text) for s in group)
+    assert metrics["forward_tokens"] == total

@@ -1,5 +1,5 @@
 """Sampling with vLLM itself: the draws of the transformers sampler or its distribution, and the
-log q of a plain loop.
+log q′ of a plain loop.
 
 Shapes: V vocabulary.
 """
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from boltlm import checkpoint
 from boltlm.estep.estep import ChunkInContext, EStep, chunks_in_context
 from boltlm.estep.shard_worker import build_estep, context_token_budget
-from boltlm.estep.verify_weights import exact_log_weight
+from boltlm.estep.verify_weights import exact_log_prob, exact_log_weight
 from boltlm.records import Chunk, Sample, read_table
 from boltlm.sequences import layouts
 from boltlm.tokens import TextCoder
@@ -35,7 +35,8 @@ VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """The base model's tokenizer, and a model whose head dimension vLLM supports on a CPU. It is
-    far from uniform, and a third of its draws end within a few tokens."""
+    far from uniform, about half of the draws end within a few tokens, and the tokens that are
+    barred have much of the probability."""
     folder = tmp_path_factory.mktemp("model")
     coder = TextCoder(base_folder)
     config = LlamaConfig.from_pretrained(base_folder)
@@ -77,17 +78,21 @@ def chunks_by_id(stage: LatentsStage, estep: EStep) -> dict[tuple[str, int], Chu
 
 
 def check_weights(samples: list[Sample], stage: LatentsStage, folder: Path) -> EStep:
-    """log q and log w equal those of a plain loop within 10⁻³; returns an E-step without vLLM."""
+    """log q′, log_allowed and log w equal those of a plain loop within 10⁻³; returns an E-step
+    without vLLM."""
     stage.params["sampling"]["sampler"] = "transformers"
     estep = build_estep(stage.settings, folder, purpose="em1")
     chunks = chunks_by_id(stage, estep)
-    valid = [sample for sample in samples if sample.finish == "stop"][::7]
-    assert len(valid) > 20
-    for sample in valid:
-        chunk = chunks[sample.doc_id, sample.chunk]
-        log_q, log_w = exact_log_weight(estep.model, estep.special_tokens, chunk, sample.tokens)
+    special = estep.special_tokens
+    assert {sample.finish for sample in samples} == {"stop", "length"}
+    for sample in samples[::7]:
+        chunk, ended = chunks[sample.doc_id, sample.chunk], [*sample.tokens, special.eol]
+        log_q, log_w = exact_log_weight(estep.model, special, chunk, sample.tokens, sample.finish)
         assert abs(sample.log_q - log_q) < 1e-3
         assert abs(sample.log_weight - log_w) < 1e-3
+        prompt = layouts.posterior_prompt(special, chunk.context, chunk.text)
+        log_q_unmasked = exact_log_prob(estep.model, prompt, ended)
+        assert abs(sample.log_q + sample.log_allowed - log_q_unmasked) < 1e-3
     return estep
 
 
@@ -104,11 +109,16 @@ def test_on_a_cpu_both_samplers_have_the_same_draws(folder: Path, tmp_path: Path
         assert metrics["samples"] == SAMPLES * metrics["chunks"]
         samples[name] = stage.samples()
     assert 0.1 < np.mean([s.finish == "stop" for s in samples["vllm"]]) < 0.9
-    is_equal = [
-        (first.tokens, first.finish) == (second.tokens, second.finish)
+    equal = [
+        (first, second)
         for first, second in zip(*samples.values(), strict=True)
+        if (first.tokens, first.finish) == (second.tokens, second.finish)
     ]
-    assert np.mean(is_equal) > 0.98
+    assert len(equal) > 0.98 * len(samples["vllm"])
+    for name in ("log_q", "log_allowed"):
+        values = np.array([[getattr(s, name) for s in pair] for pair in equal])
+        np.testing.assert_allclose(values[:, 0], values[:, 1], atol=1e-4)
+    assert np.exp([s.log_allowed for s in samples["vllm"]]).mean() < 0.9
     check_weights(samples["vllm"], stages["vllm"], folder)
 
 
@@ -171,8 +181,8 @@ write_shard(out / "00000.parquet", Sample, [sample for group in groups for sampl
 @pytest.mark.timeout(1200)
 def test_seeded_requests_have_the_models_distribution(folder: Path, tmp_path: Path) -> None:
     """The procedure for GPUs, run on the CPU: χ² test of first tokens against the softmax in
-    float64; and `rescore_q` gives the log q and log w of a plain loop."""
-    stage = create_stage(tmp_path, folder, sampler="vllm", rescore_q=True)
+    float64 over allowed tokens; log q′ and log w are those of a plain loop."""
+    stage = create_stage(tmp_path, folder, sampler="vllm")
     out = tmp_path / "seeded"
     paths = [stage.write_params(), folder, stage.chunks, out]
     run_process([sys.executable, "-c", REQUEST_SEEDS_SCRIPT, *map(str, paths)])
@@ -184,9 +194,10 @@ def test_seeded_requests_have_the_models_distribution(folder: Path, tmp_path: Pa
         assert len(drawn) == SAMPLES
         prompt = layouts.posterior_prompt(special, chunk.context, chunk.text)
         probs_V = reference.next_probs(model64, prompt)
+        probs_V[list(special.barred)] = 0
+        probs_V /= probs_V.sum()
         most_probable = np.argsort(probs_V)[::-1][:6].tolist()
-        end_tokens = {"stop": special.eol, "eos": special.eos}
-        first = [s.tokens[0] if s.tokens else end_tokens.get(s.finish, -1) for s in drawn]
+        first = [s.tokens[0] if s.tokens else special.eol for s in drawn]
         observed = [first.count(token) for token in most_probable]
         expected = [float(probs_V[token]) * SAMPLES for token in most_probable]
         p = reference.chi2(

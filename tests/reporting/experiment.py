@@ -46,7 +46,10 @@ def report_params(
         "corpora": {name: {} for name in CORPORA},
         "teachers": {"some": {}, "all": {}},
         "train": load(ROOT / "params.yaml")["train"],
-        "latents": {name: {"model": by, "corpus": "em", "selection": "weighted"} for name, by in latents.items()},
+        "latents": {
+            name: {"model": by, "corpus": "em", "selection": "weighted"}
+            for name, by in latents.items()
+        },
         "models": dict(models),
         "finetune": {"runs": dict(runs or {})},
     }

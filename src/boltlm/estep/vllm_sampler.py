@@ -74,9 +74,9 @@ def vllm_startup(folder: Path) -> Iterator[None]:
 
 
 class VLLMSampler:
-    """Samples with vLLM from q′: the barred tokens have a logit bias of −∞. log q′ and the log of
-    the probability that q gives to the allowed tokens are computed from vLLM's raw log-probabilities,
-    the model's own at temperature 1, of each sampled token, the barred tokens and EoL.
+    """Samples with vLLM from q′: the barred tokens have a logit bias of −∞. log q′ and
+    `log_allowed` are computed from vLLM's raw log-probabilities, the model's own at temperature 1,
+    of each sampled token, the barred tokens and EoL.
 
     Every draw is a request; the requests of a prompt share its cached prefix. On a CPU the draws
     are those of `TransformersSampler` up to rounding; on a GPU they are others from the same
