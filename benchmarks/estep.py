@@ -5,6 +5,8 @@
 The sides are:
 
     ours_transformers, ours_vllm   the E-step with either sampler
+    ours_unmasked                  as ours_transformers, but from the model's own distribution: a
+                                   draw that any special token ends is then taken for a latent
     reference                      vLLM with default settings: K copies of each prompt, then a
                                    second pass with prompt_logprobs over the joint texts, which
                                    were decoded and encoded again
@@ -31,6 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from sides import add_paths, measured  # noqa: E402
 
 from boltlm.checkpoint import Precision  # noqa: E402
@@ -42,7 +46,11 @@ from boltlm.estep.estep import (  # noqa: E402
     chunks_in_context,
     joint_scores,
 )
-from boltlm.estep.samplers import Draw, StopTokens  # noqa: E402
+from boltlm.estep.samplers import (  # noqa: E402
+    Draw,
+    TransformersSampler,
+    inverse_cdf,
+)
 from boltlm.estep.shard_worker import build_estep, context_token_budget  # noqa: E402
 from boltlm.estep.verify_weights import exact_log_prob  # noqa: E402
 from boltlm.params import PositiveInt, build_settings, load  # noqa: E402
@@ -52,6 +60,7 @@ from boltlm.sequences import layouts  # noqa: E402
 SIDES = (
     "ours_transformers",
     "ours_vllm",
+    "ours_unmasked",
     "reference",
     "reference_tuned",
     "generate",
@@ -68,6 +77,23 @@ class BenchmarkSettings(DrawSettings):
     k_samples: PositiveInt
 
 
+class UnmaskedSampler(TransformersSampler):
+    """Samples from the model's own distribution. Every special token ends a draw, as EoL does."""
+
+    def _choose_tokens(
+        self, logits_BV: torch.Tensor, rows: list[list[int]], noise_D: np.ndarray
+    ) -> tuple[list[list[int]], list[list[float]], list[float]]:
+        log_probs_BV = logits_BV.float().log_softmax(-1)
+        noise_BK = np.zeros((len(rows), max(map(len, rows))))
+        for index, row in enumerate(rows):
+            noise_BK[index, : len(row)] = noise_D[row]
+        tokens_BK, _ = inverse_cdf(log_probs_BV, torch.from_numpy(noise_BK))
+        log_q_BK = log_probs_BV.gather(1, tokens_BK)
+        is_end_BK = torch.isin(tokens_BK, torch.tensor(self.special_tokens.barred))
+        tokens_BK[is_end_BK] = self.special_tokens.eol
+        return tokens_BK.tolist(), log_q_BK.tolist(), [0.0] * len(rows)
+
+
 def run_reference(estep: EStep, chunks: Sequence[ChunkInContext], num_samples: int) -> int:
     """Sample K copies of each prompt, decode, encode again, and score the joint texts with vLLM."""
     from vllm import SamplingParams, TokensPrompt
@@ -78,7 +104,7 @@ def run_reference(estep: EStep, chunks: Sequence[ChunkInContext], num_samples: i
         temperature=1.0,
         max_tokens=estep.max_latent_tokens + 1,
         logprobs=0,
-        stop_token_ids=list(StopTokens.for_latents(special).finish_reasons),
+        stop_token_ids=[special.eol, *special.barred],
         ignore_eos=True,
         detokenize=False,
     )
@@ -121,20 +147,18 @@ def run_scorer(
 def joint_sequences(
     estep: EStep, chunks: Sequence[ChunkInContext], draws: Sequence[Sequence[Draw]]
 ) -> list[list[int]]:
-    """The sequences that vLLM must score for the same result: one for each valid draw."""
+    """The sequences that vLLM must score for the same result: one for each draw."""
     special = estep.special_tokens
     return [
         [*layouts.prior_prompt(special, chunk.context), *draw.tokens, special.eol, *chunk.text]
         for chunk, draws_K in zip(chunks, draws, strict=True)
         for draw in draws_K
-        if draw.finish == "stop"
     ]
 
 
 def create_engine(model: Path, context_length: int, precision: Precision, **arguments: Any) -> Any:
     """vLLM with its default settings, in this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    import torch
     from vllm import LLM
 
     threads = torch.get_num_threads()
@@ -154,8 +178,6 @@ def create_engine(model: Path, context_length: int, precision: Precision, **argu
 def run_generate(estep: EStep, chunks: Sequence[ChunkInContext], num_samples: int) -> int:
     """Call model.generate for one prompt at a time, then run a full forward pass per sample for q
     and one for p; returns the number of samples."""
-    import torch
-
     special, model = estep.special_tokens, estep.model
     count = 0
     for chunk in chunks:
@@ -185,6 +207,14 @@ def prepare(
 ) -> Work:
     """The work that a side repeats; what it needs beforehand is done here, outside the timing."""
     context_length = estep.coder.context_length
+    if args.side == "ours_unmasked":
+        estep.sampler = UnmaskedSampler(
+            estep.model,
+            estep.special_tokens,
+            estep.max_latent_tokens,
+            estep.config.batch_tokens,
+            estep.seed,
+        )
     if args.side == "reference":
         engine = create_engine(args.model, context_length, args.precision)
         sampler: Any = SimpleNamespace(model=engine)
@@ -261,6 +291,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "precision": args.precision,
         **{f"chunks_per_second_{name}": value for name, value in speed.items()},
+        "ratio_masked_vs_unmasked": speed["ours_transformers"] / speed["ours_unmasked"],
         "ratio_vs_reference": best / speed["reference"],
         "ratio_vs_generate": best / speed["generate"],
         "ratio_vllm_vs_reference": speed["ours_vllm"] / speed["reference"],

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from boltlm.errors import UserError
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, Precision, from_key
 
-
 Selection = Literal["weighted", "uniform"]
 
 

@@ -79,7 +79,8 @@ def draw_latents(
     `purpose` keys their random numbers; `what` labels the progress display. Finished shards are
     saved below `work` under a fingerprint of the model's and the chunks' contents, the settings and
     the code: an interrupted run can be resumed, and a run with another number of samples or another
-    selection reuses the ones that exist. Returns the throughput of each shard that this run processed.
+    selection reuses the ones that exist. Returns the throughput of each shard that this run
+    processed.
     """
     facts = {
         "purpose": purpose,
