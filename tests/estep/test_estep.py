@@ -7,6 +7,7 @@ sampled means come from the exact variance.
 Shapes: Z latents of the enumeration; K samples of a chunk.
 """
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from boltlm.estep.estep import ChunkInContext, EStep, forward_tokens
 from boltlm.estep.importance import iwae_bound
-from boltlm.estep.samplers import Draw, SampleKey
+from boltlm.estep.samplers import Draw, SampleKey, TransformersSampler
 from boltlm.records import Sample
 from boltlm.sequences.layouts import TokenIds
 from tests import reference, tiny
@@ -159,6 +161,34 @@ def test_the_mean_weight_is_the_marginal_likelihood(
         standard_error = np.sqrt(((table.q * exact**2).sum() - mean**2) / len(drawn))
         assert standard_error < 0.02 * mean
         assert abs(values.mean() - mean) < 4 * standard_error
+
+
+def test_weights_need_the_law_that_was_drawn_from(
+    enumerable: tiny.Tiny, tables: dict[ChunkInContext, Table]
+) -> None:
+    """If sampler and scorer disagree, here by a scaled output layer, p/q′ with the sampler's q′ has
+    the mean Σ p(Z, EoL | C) p(X | C, Z) all the same; with `rescore_q` it has another one."""
+    chunk = CASES["a context"]
+    table, special = tables[chunk], enumerable.special_tokens
+    other = copy.deepcopy(enumerable.model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.8)
+    model64 = reference.double(other)
+    parts = [
+        reference.parts(model64, special, chunk.context, chunk.text, z, MAX_LATENT_TOKENS)
+        for z in table.latents
+    ]
+    q_Z, p_Z = Table(table.latents, parts).q, table.q * np.exp(table.log_w)
+    sampler = TransformersSampler(other, special, MAX_LATENT_TOKENS, 1 << 20, seed=1)
+    means = []
+    for rescore_q, w_Z in ((False, p_Z / q_Z), (True, np.exp(table.log_w))):
+        means.append((q_Z * w_Z).sum())
+        standard_error = np.sqrt(((q_Z * w_Z**2).sum() - means[-1] ** 2) / 6000)
+        estep = build(enumerable, sampler=sampler, rescore_q=rescore_q)
+        w = exp_of(estep.run([chunk], 6000)[0], "log_weight")
+        assert abs(w.mean() - means[-1]) < 4 * standard_error
+    assert means[0] == pytest.approx(table.joint)
+    assert abs(means[1] / means[0] - 1) > 0.1
 
 
 def test_draws_have_the_frequencies_of_the_proposal(

@@ -92,7 +92,7 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
             "math/synthetic/latent/accuracy": 0.1 + index / 64,
         }
         metrics |= {"exact_match_selected": index / 12, "latent_tokens_mean": 20.0 + index}
-        metrics |= {"ess_mean": 2 + index / 8, "invalid_fraction": 0.0, "ess_p10": None}
+        metrics |= {"ess_mean": 2 + index / 8, "masked_mass": 0.0, "ess_p10": None}
     return metrics
 
 
@@ -103,8 +103,7 @@ def histogram(index: int) -> list[tuple[int, int]]:
 
 
 def write_metrics(params: dict[str, Any], root: Path) -> None:
-    """Metrics files under `root / "metrics"` as the stages write them; one draw in eight is
-    invalid."""
+    """Metrics files under `root / "metrics"` as the stages write them; the masked mass is 1/8."""
     for folder in ("eval", "finetune", "latents", "train"):
         (root / "metrics" / folder).mkdir(parents=True)
     tuned = {"gsm8k/standard/latent/accuracy": 0.25, "gsm8k/standard/latent/accuracy_se": 0.02}
@@ -123,7 +122,7 @@ def write_metrics(params: dict[str, Any], root: Path) -> None:
         diagnostics = {
             "ess_mean": 2.5,
             "samples": 1600,
-            "invalid_fraction": 0.125,
+            "masked_mass": 0.125,
             "exact_match": None,
         }
         (root / "metrics/latents" / f"{name}.json").write_text(json.dumps(diagnostics))

@@ -114,7 +114,7 @@ def test_fractions_are_shown_in_percent(tmp_path: Path) -> None:
         "latents identical to the reference": True,
         "tokens per latent": False,
         "effective sample size (K = 4)": False,
-        "invalid draws": True,
+        "masked probability": True,
     }
 
 

@@ -80,7 +80,8 @@ def chunk(doc_id: str, index: int, tokens: tuple[int, ...]) -> Chunk:
 def sample(doc_id: str, chunk: int, k: int, tokens: tuple[int, ...], selected: bool) -> Sample:
     return Sample(
         doc_id=doc_id, chunk=chunk, sample=k, latent="", tokens=tokens, finish="stop",
-        log_q=-1.0, log_p_latent=-1.0, log_p_text=-1.0, log_weight=-1.0, selected=selected,
+        log_q=-1.0, log_allowed=0.0, log_p_latent=-1.0, log_p_text=-1.0, log_weight=-1.0,
+        selected=selected,
     )  # fmt: skip
 
 

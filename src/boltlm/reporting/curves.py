@@ -102,18 +102,17 @@ def plot_log_weight(results: Results) -> Plot | SkippedPlot:
         bins = results.histograms[entry]
         edges = [line["from_nats"] for line in bins] + [bins[-1]["to_nats"]]
         counts = np.array([line["count"] for line in bins])
-        invalid = results.diagnostics[entry].get("invalid_fraction", 0.0)
         axes.stairs(
             counts / counts.sum(),
             edges,
             color=styles[model].color,
             linewidth=1.5,
-            label=f"{label}\n{invalid:.1%} invalid draws",
+            label=label,
         )
     all_bins = [line for entry in entries for line in results.histograms[entry]]
     axes.set_xlim(*_central_range(all_bins))
     axes.set_xlabel("log w = log p(Z) + log p(X | Z) − log q(Z | X), nats per chunk")
-    axes.set_ylabel("fraction of valid draws per bin")
+    axes.set_ylabel("fraction of draws per bin")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     rows = [{"latents": entry, **line} for entry in entries for line in results.histograms[entry]]
     return Plot(figure, rows)

@@ -119,7 +119,7 @@ def plot_diagnostics(results: Results) -> Plot | SkippedPlot:
         _Panel("latents identical to the reference", exact_match, percent=True),
         _Panel("tokens per latent", {"latent_tokens_mean": ""}, percent=False),
         _Panel(f"effective sample size{draws}", {"ess_mean": ""}, percent=False),
-        _Panel("invalid draws", {"invalid_fraction": ""}, percent=True),
+        _Panel("masked probability", {"masked_mass": ""}, percent=True),
     ]
     panels = [panel for panel in panels if any(_has(results, name) for name in panel.metrics)]
     if not panels:

@@ -104,7 +104,7 @@ def _models(results: Results) -> str:
         ),
         "exact match": lambda name: _percent(results.estimate(name, "exact_match")),
         "ESS": lambda name: _decimal(results.evaluation[name], "ess_mean", 2),
-        "invalid draws": lambda name: _percent(results.estimate(name, "invalid_fraction")),
+        "masked mass": lambda name: _percent(results.estimate(name, "masked_mass")),
         "failed groups": lambda name: _percent(results.estimate(name, failed)),
     }
     return _table(
@@ -159,7 +159,7 @@ def _latents(results: Results) -> str:
         "ESS": lambda metrics: _decimal(metrics, "ess_mean", 2),
         "largest weight": lambda metrics: _decimal(metrics, "max_weight_mean", 2),
         "SD of log w, nats": lambda metrics: _decimal(metrics, "log_weight_std_mean", 2),
-        "invalid draws": lambda metrics: _fraction(metrics, "invalid_fraction"),
+        "masked mass": lambda metrics: _fraction(metrics, "masked_mass"),
         "exact match": lambda metrics: _fraction(metrics, "exact_match"),
         "exact match, selected": lambda metrics: _fraction(metrics, "exact_match_selected"),
         "tokens per latent": lambda metrics: _decimal(metrics, "latent_tokens_mean", 1),
