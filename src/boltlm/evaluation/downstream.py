@@ -195,8 +195,8 @@ def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
     position of that cue. Per prompt: `shots`, the mean number of few-shot examples;
     `lost_shots_fraction`, the fraction of prompts with fewer examples than the task has;
     `unasked_fraction`, the fraction of questions that do not fit into the context window and count
-    as wrong; `invalid_fraction`, the fraction of thoughts without EoL. Lost examples and questions are also reported on standard error, after
-    `label`.
+    as wrong; `invalid_fraction`, the fraction of thoughts without EoL. Lost examples and questions
+    are also reported on standard error, after `label`.
     """
     metrics: dict[str, float] = {}
     for prefix in dict.fromkeys(answer.metric_prefix for answer in answers):
