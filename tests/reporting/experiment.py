@@ -76,8 +76,12 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {
         "nll_per_token": 1.5 - index / 64,
         "nll_per_token_se": 0.01,
+        "nll_in_context_per_token": 1.25 - index / 64,
+        "nll_in_context_per_token_se": 0.01,
+        "heldout_clusters": 44,
         "questions/standard/raw/accuracy": 0.1 + index / 64,
         "questions/standard/raw/accuracy_se": 0.01,
+        "questions/standard/raw/clusters": 43,
     }
     if not raw:
         names = "elbo_per_token_k1 elbo_per_token_k4 elbo_per_token utility simplicity diversity"
@@ -89,7 +93,10 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
             "math/synthetic/latent/accuracy": 0.1 + index / 64,
         }
         metrics |= {"exact_match_selected": index / 12, "latent_tokens_mean": 20.0 + index}
-        metrics |= {"ess_mean": 2 + index / 8, "invalid_fraction": 0.0, "ess_p10": None}
+        metrics |= {"ess_mean": 2 + index / 8, "forced_fraction": 0.0, "ess_p10": None}
+        metrics |= {"distinct_latents_mean": 1 + index / 8}
+        for size in (4, 64):
+            metrics |= {f"subset/elbo_per_token_k{size}": -5 + index / 8 + size / 64}
     return metrics
 
 
@@ -100,8 +107,8 @@ def histogram(index: int) -> list[tuple[int, int]]:
 
 
 def write_metrics(params: dict[str, Any], root: Path) -> None:
-    """Metrics files under `root / "metrics"` as the stages write them; one draw in eight is
-    invalid."""
+    """Metrics files under `root / "metrics"` as the stages write them; one draw in eight was ended
+    at the length limit."""
     for folder in ("eval", "finetune", "latents", "train"):
         (root / "metrics" / folder).mkdir(parents=True)
     tuned = {"gsm8k/standard/latent/accuracy": 0.25, "gsm8k/standard/latent/accuracy_se": 0.02}
@@ -120,7 +127,7 @@ def write_metrics(params: dict[str, Any], root: Path) -> None:
         diagnostics = {
             "ess_mean": 2.5,
             "samples": 1600,
-            "invalid_fraction": 0.125,
+            "forced_fraction": 0.125,
             "exact_match": None,
         }
         (root / "metrics/latents" / f"{name}.json").write_text(json.dumps(diagnostics))

@@ -87,8 +87,7 @@ def plot_validation(results: Results) -> Plot | SkippedPlot:
 
 def plot_log_weight(results: Results) -> Plot | SkippedPlot:
     """The distribution of log w (docs/method.md, eq. (3)) in the latents that each iteration is
-    trained on. Invalid draws have log w = −∞ and appear as a fraction in the legend; the axis cuts
-    off 0.1 % of the draws at either end."""
+    trained on; the axis cuts off 0.1 % of the draws at either end."""
     entries = {
         arm.latents: (f"iteration {arm.iteration}, sampled by {arm.generator}", arm.name)
         for arm in em_chain(results.arms)
@@ -102,18 +101,17 @@ def plot_log_weight(results: Results) -> Plot | SkippedPlot:
         bins = results.histograms[entry]
         edges = [line["from_nats"] for line in bins] + [bins[-1]["to_nats"]]
         counts = np.array([line["count"] for line in bins])
-        invalid = results.diagnostics[entry].get("invalid_fraction", 0.0)
         axes.stairs(
             counts / counts.sum(),
             edges,
             color=styles[model].color,
             linewidth=1.5,
-            label=f"{label}\n{invalid:.1%} invalid draws",
+            label=label,
         )
     all_bins = [line for entry in entries for line in results.histograms[entry]]
     axes.set_xlim(*_central_range(all_bins))
     axes.set_xlabel("log w = log p(Z) + log p(X | Z) − log q(Z | X), nats per chunk")
-    axes.set_ylabel("fraction of valid draws per bin")
+    axes.set_ylabel("fraction of draws per bin")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     rows = [{"latents": entry, **line} for entry in entries for line in results.histograms[entry]]
     return Plot(figure, rows)
@@ -121,7 +119,8 @@ def plot_log_weight(results: Results) -> Plot | SkippedPlot:
 
 def _labels(results: Results) -> dict[str, str]:
     """The entries of `models` in their order, each with its name and role."""
-    return {arm.name: f"{arm.name}: {arm.description}" for arm in ordered_arms(results.arms)}
+    arms = (arm for arm in ordered_arms(results.arms) if arm.role != "base")
+    return {arm.name: f"{arm.name}: {arm.description}" for arm in arms}
 
 
 def _loss_curves(
