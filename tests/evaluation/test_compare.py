@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,13 +45,12 @@ def write_model(
                 log_weight = -50 - difficulty - shift * length + document_noise
                 log_weight += own.normal(0, 0.1)
                 bound += log_weight / NUM_SAMPLES
-                samples.append(
-                    Sample(
-                        doc_id=f"d{d}", chunk=c, sample=k, latent="", tokens=(), finish="stop",
-                        log_q=0.0, log_p_latent=0.0, log_p_text=log_weight, log_weight=log_weight,
-                        selected=k == 0,
-                    )
-                )  # fmt: skip
+                values: dict[str, Any] = dict.fromkeys(
+                    (field.name for field in fields(Sample)), 0.0
+                )
+                values |= {"doc_id": f"d{d}", "chunk": c, "sample": k, "log_weight": log_weight}
+                values |= {"latent": "", "tokens": (), "finish": "stop", "selected": k == 0}
+                samples.append(Sample(**values))
         scores.append(
             DocumentScore(
                 doc_id=f"d{d}", cluster=f"c{d // 2}", tokens=sum(lengths), nll=nll,

@@ -1,7 +1,7 @@
 """Likelihood measures against recomputations in a few lines of float64, and their errors."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,10 @@ from tests import reference, tiny
 def sample(doc_id: str, chunk: int, k: int, parts: tuple[float, float, float]) -> Sample:
     """A sample with (log q, log p(Z), log p(X))."""
     log_q, log_p_latent, log_p_text = parts
-    return Sample(
-        doc_id=doc_id, chunk=chunk, sample=k, latent="", tokens=(1,), finish="stop",
-        log_q=log_q, log_p_latent=log_p_latent, log_p_text=log_p_text,
-        log_weight=log_p_latent + log_p_text - log_q, selected=False,
-    )  # fmt: skip
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Sample)), 0.0)
+    values |= {"log_q": log_q, "log_p_latent": log_p_latent, "log_p_text": log_p_text}
+    values |= {"log_weight": log_p_latent + log_p_text - log_q}
+    return Sample(**{**values, "doc_id": doc_id, "chunk": chunk, "sample": k})
 
 
 def random_groups(num_documents: int, num_samples: int) -> tuple[list[list[Sample]], list[int]]:
