@@ -131,7 +131,7 @@ def generate_documents(config: GeneratedSource, seed: int) -> Iterator[Document]
             doc_id=doc_id,
             text=" ".join(sentence for sentence, _ in sentences),
             source="generated",
-            cluster=" ".join(dict.fromkeys(thought for _, thought in sentences)) or None,
+            cluster=" ".join(dict.fromkeys(thought for _, thought in sentences if thought)) or None,
             thoughts=tuple(thought for _, thought in sentences),
         )
 
