@@ -65,7 +65,8 @@ def test_copies_within_a_cluster_change_nothing() -> None:
     """Asking every question of every cluster three times gives no more certainty."""
     a, b, cluster = clustered_rows()
     once = ratio_estimate(a, b, cluster.astype(str).tolist())
-    thrice = ratio_estimate(*(np.repeat(x, 3) for x in (a, b)), np.repeat(cluster, 3).astype(str))
+    names = np.repeat(cluster, 3).astype(str).tolist()
+    thrice = ratio_estimate(np.repeat(a, 3), np.repeat(b, 3), names)
     assert thrice == pytest.approx(once)
     rows = np.array([f"row{index}" for index in range(3 * len(a))])
     independent = ratio_estimate(np.repeat(a, 3), np.repeat(b, 3), rows.tolist())
