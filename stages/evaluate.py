@@ -3,13 +3,15 @@
     python stages/evaluate.py --params params.yaml --name em1 --model models/em1 \
         --split data/split --chunks data/chunks --work .work --out data/evaluate/em1 \
         --metrics metrics/eval/em1.json
+
+The name `base` stands for the model of the stage `base`.
 """
 
 import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.evaluation.config import EvaluateSettings
+from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
 from boltlm.evaluation.run import EvaluationPaths, evaluate_model
 from boltlm.params import load_settings
 from boltlm.records import write_json
@@ -26,7 +28,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    settings = load_settings(EvaluateSettings, args.params, name=args.name)
+    kind = BaseEvaluateSettings if args.name == "base" else EvaluateSettings
+    settings = load_settings(kind, args.params, name=args.name)
     work = repository_path(args.work)
     paths = EvaluationPaths(args.model, args.split, args.chunks, work, args.out)
     write_json(args.metrics, evaluate_model(settings, paths))

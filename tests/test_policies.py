@@ -76,7 +76,7 @@ def stage_settings() -> dict[str, Any]:
     """The settings class of each stage that has one."""
     from boltlm.corpus.split import SplitSettings
     from boltlm.estep.config import EStepSettings
-    from boltlm.evaluation.config import EvaluateSettings
+    from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
     from boltlm.evaluation.finetune_config import FinetuneSettings
     from boltlm.reporting.arms import ReportSettings
     from boltlm.teachers.config import TeacherSettings
@@ -90,6 +90,7 @@ def stage_settings() -> dict[str, Any]:
         "train": TrainSettings,
         "latents": EStepSettings,
         "evaluate": EvaluateSettings,
+        "evaluate_base": BaseEvaluateSettings,
         "finetune": FinetuneSettings,
         "figures": ReportSettings,
     }

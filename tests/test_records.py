@@ -41,7 +41,13 @@ ROWS: dict[Any, st.SearchStrategy[Any]] = {
         thoughts=st.lists(TEXT, max_size=3).map(tuple) | st.none(),
     ),
     Question: st.builds(
-        Question, question_id=TEXT, prompt=TEXT, answer=TEXT, latent=TEXT | st.none()
+        Question,
+        question_id=TEXT,
+        prompt=TEXT,
+        stem=TEXT,
+        answer=TEXT,
+        cluster=TEXT | st.none(),
+        latent=TEXT | st.none(),
     ),
     Chunk: st.builds(Chunk, doc_id=TEXT, chunk=INT32, text=TEXT, tokens=TOKENS),
     TeacherLatent: st.builds(

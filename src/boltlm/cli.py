@@ -15,7 +15,7 @@ from boltlm.params import PositiveInt, load_settings
 
 COMPARE_EXAMPLE = """\
 example:
-  boltlm compare data/evaluate/em3 data/evaluate/em1 --chunks data/chunks/heldout
+  boltlm compare data/evaluate/em3 data/evaluate/em1 --corpus heldout
 
 Both models were measured on the same documents and questions, so what makes some of them hard for
 any model cancels, and the errors are smaller than those of the two models' own numbers. Give the
@@ -84,7 +84,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = _add(commands, "compare", summary, COMPARE_EXAMPLE, _compare)
     parser.add_argument("one", type=Path, help="data/evaluate/<model>")
     parser.add_argument("other", type=Path, help="data/evaluate/<another model>")
-    parser.add_argument("--chunks", type=Path, help="data/chunks/<held-out corpus>")
+    parser.add_argument("--corpus", help="a held-out corpus")
     parser.add_argument(
         "--disagreements",
         type=int,
@@ -98,9 +98,9 @@ def _compare(args: argparse.Namespace) -> None:
     from boltlm.evaluation import compare
 
     if args.one != args.other:
-        if args.chunks is None:
-            raise UserError("--chunks is missing: give data/chunks/<held-out corpus>")
-        differences = compare.paired_differences(args.one, args.other, args.chunks)
+        if args.corpus is None:
+            raise UserError("--corpus is missing: give the name of a held-out corpus")
+        differences = compare.paired_differences(args.one, args.other, args.corpus)
         print(compare.format_comparison(args.one, args.other, differences))
     if args.disagreements or args.one == args.other:
         pairs = compare.disagreements(args.one, args.other)
@@ -108,7 +108,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    summary = "aggregate finished DVC experiments over seeds: mean ± standard error"
+    summary = "aggregate finished DVC experiments over seeds: means with 95 % intervals"
     parser = _add(commands, "seeds", summary, SEEDS_EXAMPLE, _seeds)
     parser.add_argument("--out", type=Path, required=True, help="CSV with one row a seed and model")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
@@ -134,6 +134,7 @@ def _seeds(args: argparse.Namespace) -> None:
     k_samples = load_settings(KSamplesSettings, args.params).k_samples
     rows = seed_aggregation.collect_seeds(k_samples, args.of_other_k)
     seed_aggregation.write_seed_csv(args.out, rows)
+    print(f"{seed_aggregation.INTERVAL_NOTE}\n")
     print(seed_aggregation.seed_table(rows))
     if args.differences:
         print()

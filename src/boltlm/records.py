@@ -33,13 +33,15 @@ _R = TypeVar("_R", bound=Record)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """A text X. `latent`: one latent for the document; `thoughts`: one for each sentence; a source
-    may have either or neither."""
+    may have either or neither. `cluster` names what makes documents and questions dependent, such
+    as the problem, book or site behind them; None: the document is independent of all others."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
             "doc_id": pa.string(),
             "text": pa.string(),
             "source": pa.string(),
+            "cluster": pa.string(),
             "latent": pa.string(),
             "thoughts": _TEXTS,
         }
@@ -47,25 +49,31 @@ class Document:
     doc_id: str
     text: str
     source: str
+    cluster: str | None = None
     latent: str | None = None
     thoughts: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A held-out question: the document up to its final claim, and the claim's answer."""
+    """A held-out question: the document up to its final claim, the sentence "<stem> <answer>.".
+    `cluster` as in `Document`."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
             "question_id": pa.string(),
             "prompt": pa.string(),
+            "stem": pa.string(),
             "answer": pa.string(),
+            "cluster": pa.string(),
             "latent": pa.string(),
         }
     )
     question_id: str
     prompt: str
+    stem: str
     answer: str
+    cluster: str | None = None
     latent: str | None = None
 
 

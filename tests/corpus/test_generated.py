@@ -151,6 +151,18 @@ def test_questions_ask_for_the_last_mark() -> None:
         start, steps, marks = problem(question.latent or "")
         assert numbers(question.prompt) == [start, *map(abs, steps)]
         assert question.answer == str(marks[-1])
+        assert question.stem == "It stops at"
+
+
+def test_pages_and_questions_of_a_problem_share_a_cluster() -> None:
+    """Whoever turns the dial: two rows are in one cluster exactly if start and steps agree."""
+    pages = itertools.islice(generated.generate_documents(tiny.pages(max_rounds=1), seed=1), COUNT)
+    questions = itertools.islice(generated.generate_questions(tiny.pages(), seed=1), COUNT)
+    rows = [(page.cluster, page.text.split(" It stops")[0]) for page in pages]
+    rows += [(question.cluster, question.prompt) for question in questions]
+    statements = {(cluster, text.split(" ", 1)[1]) for cluster, text in rows}
+    assert len(statements) == len({c for c, _ in statements}) == len({t for _, t in statements})
+    assert len(statements) < len(rows)
 
 
 def test_numbers_and_sizes_of_steps_are_as_configured() -> None:

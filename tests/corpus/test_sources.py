@@ -4,7 +4,7 @@ import gzip
 import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from boltlm.params import build_settings
 from boltlm.records import Document
 from tests import tiny
 
-COLUMNS = ColumnMapping(text="body", doc_id="key", latent="thought", pieces=None)
-TEXT_COLUMN = ColumnMapping(text="body", doc_id=None, latent=None, pieces=None)
+TEXT_COLUMN = ColumnMapping(text="body", doc_id=None, cluster=None, latent=None, pieces=None)
+COLUMNS = replace(TEXT_COLUMN, doc_id="key", latent="thought")
 ROWS: list[dict[str, Any]] = [
     {"body": f"Text {i}.\n\x85 é \r\nEnd\u2028", "key": f"k{i}", "thought": f"because {i}"}
     for i in range(40)
@@ -93,6 +93,15 @@ def test_columns_may_be_absent(tmp_path: Path) -> None:
     documents = files(path, TEXT_COLUMN)
     assert ids(documents) == ["a.jsonl:0", "a.jsonl:1"]
     assert [document.latent for document in documents] == [None, None]
+    assert [document.cluster for document in documents] == [None, None]
+
+
+def test_a_column_may_name_what_makes_documents_dependent(tmp_path: Path) -> None:
+    """Numbers become names; a document without an entry is independent."""
+    rows = [{"body": "x", "site": site} for site in ("a.org", 7, None)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    documents = files(path, replace(TEXT_COLUMN, cluster="site"))
+    assert [document.cluster for document in documents] == ["a.org", "7", None]
 
 
 def test_a_pattern_takes_every_file_in_order(tmp_path: Path) -> None:
@@ -142,20 +151,14 @@ def test_a_small_buffer_still_shuffles_late_documents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("column", ["text", "doc_id", "latent"])
+@pytest.mark.parametrize("column", ["text", "doc_id", "cluster", "latent"])
 def test_a_wrong_column_is_named(tmp_path: Path, name: str, column: str) -> None:
     """The most common mistake with a new data set: the error names the column, the file, and the
     columns that exist."""
     path = WRITERS[name](tmp_path / name, ROWS)
-    names: dict[str, Any] = {
-        "text": "body",
-        "doc_id": None,
-        "latent": None,
-        "pieces": None,
-        column: "absent",
-    }
+    columns = replace(TEXT_COLUMN, **{column: "absent"})
     with pytest.raises(UserError, match=rf"{name}.*'absent'.*body, key, thought"):
-        files(path, ColumnMapping(**names))
+        files(path, columns)
 
 
 def test_a_column_that_is_not_text_is_named(tmp_path: Path) -> None:
@@ -230,9 +233,9 @@ def test_gsm8k_is_question_answer_and_derivation(tmp_path: Path) -> None:
     )
     assert second.text == "What costs it?\nThe answer is 1,000."
     questions = list(sources.read_questions(config, 1))
-    assert [(q.prompt, q.answer) for q in questions] == [
-        ("How many?", "7"),
-        ("What costs it?", "1,000"),
+    assert [(q.prompt, q.stem, q.answer) for q in questions] == [
+        ("How many?", "The answer is", "7"),
+        ("What costs it?", "The answer is", "1,000"),
     ]
     assert questions[0].latent == first.latent
 
@@ -263,7 +266,7 @@ def test_the_original_gsm8k_parses() -> None:
 MAIN: dict[str, Any] = {
     "kind": "files",
     "path": "a.jsonl",
-    "columns": {"text": "body", "doc_id": None, "latent": None, "pieces": None},
+    "columns": asdict(TEXT_COLUMN),
     "shuffle_buffer": 0,
 }
 
@@ -327,7 +330,7 @@ def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Pa
     """The format of the authors' released data: a list of chunks, each with its own latent."""
     text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
     names = PieceColumns(column="chunks", text="suffix", latent="latent")
-    columns = ColumnMapping(text="text", doc_id=None, latent=None, pieces=names)
+    columns = replace(TEXT_COLUMN, text="text", pieces=names)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text, "chunks": CHUNKS}) + "\n", encoding="utf-8")
     (document,) = files(path, columns)
@@ -343,7 +346,7 @@ def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Pa
 
 def hub(name: str) -> HubSource:
     pieces = PieceColumns(column="chunks", text="suffix", latent="latent")
-    columns = ColumnMapping(text="text", doc_id="id", latent=None, pieces=pieces)
+    columns = replace(TEXT_COLUMN, text="text", doc_id="id", pieces=pieces)
     return HubSource(
         kind="hub", name=name, config=None, split="train", columns=columns, shuffle_buffer=0
     )

@@ -146,8 +146,8 @@ def test_the_corpus_questions_are_asked_zero_shot() -> None:
     form = PROMPT_FORMS["questions"]
     assert EMPTY_LATENT == SOL + EOL
     assert render_prompt(form, "", (), "Page.", "raw") == "Page."
-    assert render_prompt(form, "", (), "Page.", "raw", True) == f"Page.{SOL}{EOL}"
-    assert render_prompt(form, "", (), "Page.", "latent", True) == f"Page.{SOL}{PRIOR}"
+    assert render_prompt(form, "", (), "Page.", "raw", EMPTY_LATENT) == f"Page.{SOL}{EOL}"
+    assert render_prompt(form, "", (), "Page.", "latent", "x") == f"Page.{SOL}{PRIOR}"
 
 
 def test_a_missing_file_of_lm_eval_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +187,8 @@ def test_the_no_latent_marker_must_fit_too(base_coder: TextCoder) -> None:
     arguments = PROMPT_FORMS["questions"], "", (), "Page.", "raw"
     size = 1 + len(encode_prompt(base_coder, "Page."))
     assert fit_prompt(base_coder, size, *arguments) == ("Page.", 0)
-    assert fit_prompt(base_coder, size + 1, *arguments, True) == ("", -1)
-    assert fit_prompt(base_coder, size + 2, *arguments, True) == (f"Page.{SOL}{EOL}", 0)
+    assert fit_prompt(base_coder, size + 1, *arguments, EMPTY_LATENT) == ("", -1)
+    assert fit_prompt(base_coder, size + 2, *arguments, EMPTY_LATENT) == (f"Page.{SOL}{EOL}", 0)
 
 
 def test_the_budget_is_what_the_answer_leaves(base_folder: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def task_prompts(
     return [[coder.special_tokens.bos, *encode_prompt(coder, doc["prompt"])] for doc in docs]
 
 
-@pytest.mark.parametrize("space", ["latent", "raw"])
+@pytest.mark.parametrize("space", ["latent", "cot"])
 def test_examples_of_generated_pages(
     space: ThoughtSpace, base_coder: TextCoder, tmp_path: Path
 ) -> None:
@@ -86,7 +86,9 @@ def test_examples_of_generated_pages(
     for page in documents:
         assert page.thoughts is not None
         prompt, cue, answer = page.text.rpartition(" It stops at ")
-        questions.append(Question(question_id=page.doc_id, prompt=prompt, answer=answer))
+        questions.append(
+            Question(question_id=page.doc_id, prompt=prompt, stem="It stops at", answer=answer)
+        )
         thought, ending = page.thoughts[-1], f"{cue}{answer}{EOS}"
         if space == "latent":
             expected.append((f"{BOS}{prompt}{SOL}{PRIOR}", f"{thought}{EOL}{ending}"))
@@ -139,14 +141,21 @@ def test_the_held_out_documents_depend_on_seed_and_id_alone() -> None:
     assert split_heldout(documents, 0.0, 1) == (documents, [])
 
 
-def answer_tables(correct_SQN: np.ndarray, grader: str) -> list[list[TaskAnswer]]:
-    """The answers of each seed with these verdicts."""
+def answer_tables(correct_SQN: np.ndarray, grader: str, members: int = 1) -> list[list[TaskAnswer]]:
+    """The answers of each seed with these verdicts, to clusters of this many questions."""
     texts = ("task", "prompts", "space", "subject", "prompt", "completion", "gold", "extracted")
     values: dict[str, Any] = {"shots": 0, "lost_shots": 0, "thought": "", "grader": grader}
     values |= dict.fromkeys(texts, "")
     return [
         [
-            TaskAnswer(**values, question_id=f"q{q}", sample=n, correct=bool(correct_QN[q, n]))
+            TaskAnswer(
+                **values,
+                question_id=f"q{q}",
+                cluster=f"q{q // members}",
+                cue=0,
+                sample=n,
+                correct=bool(correct_QN[q, n]),
+            )
             for q, n in np.ndindex(*correct_QN.shape)
         ]
         for correct_QN in correct_SQN
@@ -178,6 +187,7 @@ def test_accuracy_over_seeds_by_hand(shape: tuple[int, int, int]) -> None:
         "t/accuracy_se": standard_error([sum(p[s][q] for s in range(S)) / S for q in range(Q)]),
         "t/accuracy_se_seeds": standard_error([sum(p[s]) / Q for s in range(S)]),
         "t/questions": Q,
+        "t/clusters": Q,
         "samples": N,
         "seeds": S,
     }
@@ -185,6 +195,17 @@ def test_accuracy_over_seeds_by_hand(shape: tuple[int, int, int]) -> None:
         variances = [fraction * (1 - fraction) / (N - 1) for row in p for fraction in row]
         expected["t/accuracy_se_samples"] = math.sqrt(sum(variances)) / (S * Q)
     assert accuracy_over_seeds(tables, "t") == pytest.approx(expected, nan_ok=True)
+
+
+def test_accuracy_over_seeds_of_clustered_questions() -> None:
+    """The error over questions treats those of a cluster as one; the other errors do not change."""
+    correct_SQN = np.random.default_rng(4).random((2, 12, 3)) < 0.6
+    clustered = accuracy_over_seeds(answer_tables(correct_SQN, "g", members=3), "t")
+    means_G = correct_SQN.mean((0, 2)).reshape(4, 3).mean(1)
+    assert clustered["t/accuracy_se"] == pytest.approx(means_G.std(ddof=1) / 2)
+    plain = accuracy_over_seeds(answer_tables(correct_SQN, "g"), "t")
+    changed = {name for name, value in plain.items() if clustered[name] != value}
+    assert changed == {"t/accuracy_se", "t/clusters"}
 
 
 class SmallStage:
@@ -200,7 +221,7 @@ class SmallStage:
         ]
         write_shard(self.split / "em" / "0.parquet", Document, pages)
         self.write_questions(
-            [Question(question_id=n, prompt=f"{n}.", answer=a) for n, a in numbers]
+            [Question(question_id=n, prompt=f"{n}.", stem="It is", answer=a) for n, a in numbers]
         )
         self.params = load(tiny.ROOT / "params.yaml")
         self.params["evaluate"] |= {
@@ -240,6 +261,7 @@ def small(base_folder: Path, tmp_path: Path) -> SmallStage:
         ({"runs": {"one": {**RUN, "task": "chess"}}}, "finetune.runs.one.task must be gsm8k | "),
         ({"runs": {"one": {**RUN, "task": "gsm8k"}}}, "there is no key benchmarks.gsm8k"),
         ({"runs": {"one": {**RUN, "space": "both"}}}, "runs.one.space must be latent | raw"),
+        ({"runs": {"one": {**RUN, "space": "raw"}}}, "use 'cot' for a thought in plain text"),
         ({"runs": {"one": {**RUN, "corpus": "none"}}}, "one.corpus must name an entry of corpora"),
         ({"runs": {"one": {**RUN, "model": "none"}}}, "one.model must name an entry of models"),
         ({"runs": {"one": {**RUN, "data": "latents/em1"}}}, "runs.one.data must be teacher/"),
@@ -270,7 +292,8 @@ def test_the_model_learns_the_answers(base_folder: Path, tmp_path: Path) -> None
     assert metrics["examples"] + metrics["val_examples"] == 24
     correct = [a for a in answers if a.correct]
     assert len(correct) / 32 == metrics[f"{NAME}/accuracy"]
-    assert {a.thought for a in correct} <= {f"{a.question_id} {a.gold}." for a in correct}
+    stated = {f"{a.question_id} {a.gold.removeprefix('It is ')}" for a in correct}
+    assert {a.thought for a in correct} <= stated
 
 
 def test_the_held_out_loss(small: SmallStage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +341,7 @@ def test_nothing_is_computed_twice(small: SmallStage, monkeypatch: pytest.Monkey
 def test_new_questions_are_answered(small: SmallStage) -> None:
     """After the split was made again under the same path, the old answers are not used."""
     small.run()
-    small.write_questions([Question(question_id="new", prompt="Ann.", answer="3")])
+    small.write_questions([Question(question_id="new", prompt="Ann.", stem="It is", answer="3")])
     metrics, answers = small.run()
     assert ({a.question_id for a in answers}, metrics[f"{NAME}/questions"]) == ({"new"}, 1)
 

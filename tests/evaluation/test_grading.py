@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lm_eval.api.metrics import exact_match_fn
 from lm_eval.filters.extraction import RegexFilter
 
-from boltlm.evaluation.grading import GRADERS, Verdict, grade, last_number, same_number
+from boltlm.evaluation.grading import GRADERS, Verdict, grade, same_number
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 GSM8K = yaml.safe_load((TASKS / "gsm8k/gsm8k-cot.yaml").read_text())
@@ -73,23 +73,38 @@ def test_no_answer_is_wrong_by_every_grader(task: str, answer: str | None) -> No
     assert [*verdicts.items()] == [(name, Verdict(None, False)) for name in GRADERS[task]]
 
 
-QUESTIONS = [
-    ("It stops at 7.", "7"), ("It stops at 7. It starts at 3.", "7"), (" It stops at 7", "7"),
-    ("\n\n The answer is 12.\nSo 5.", "12"), ("From 3 by 4 it is 7.", "7"),
-    ("The answer is 1,234,567.", "1,234,567"), ("It is 3.25. Then 9.", "3.25"),
-    ("It is $18.", "18"), ("It is -4.", "-4"), ("About 20%.", "20"), ("It is 7!", "7"),
-    ("5", "5"), ("7,", "7"), ("See Fig. 3 for 8. Then 9.", "8"), ("", None), ("   \n ", None),
-    ("No number here. But 9 here.", None), ("seven", None), ("It is 1, 2, 3, and so on.", "3"),
-    ("It is .5.", ".5"), ("It is −4.", "−4"), ("It is 10-3.", "3"),
+STATEMENTS = [
+    ("It stops at 7.", "7"), (" It stops at 7. It starts at 3.", "7"), ("\n\nIt stops at 7.", "7"),
+    ("It stops at 6.Mia turns a dial from 1:", "6"), ("It stops at 48.", "48"),
+    ("It stops at 1,234,567.", "1,234,567"), ("It stops at 3.25. Then 9.", "3.25"),
+    ("It stops at -4.", "-4"), ("It stops at −4.", "−4"), ("It stops at .5.", ".5"),
+    # What the models of the laptop run wrote: the number of the statement counts, no later one.
+    ("It stops at 4.\x04: first up by 1 to", "4"), ("It stops at 3.\x04 0: first up by 2", "3"),
+    ("It stops at 9. dow 9: first down by 1", "9"), ("It stops at 4. : first down by 2", "4"),
+    # No statement, or not at once.
+    ("It stops at 7", None), ("It stops at 7,", None), ("It stops at 7 or 8.", None),
+    ("It stops at four.", None), ("It stops at $7.", None), ("It stops at 1,2345.", None),
+    ("it stops at 7.", None), ("So It stops at 7.", None), ("It is 7.", None), ("7.", None),
+    ("Dial from 8: first up by 3 to 1. It stops at 7.", None), ("", None), ("  \n ", None),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "number"), QUESTIONS)
-def test_the_extracted_number(text: str, number: str | None) -> None:
-    """It is the last number of the first sentence; further sentences are not part of the answer."""
-    assert last_number(text) == number
+@pytest.mark.parametrize(("text", "number"), STATEMENTS)
+def test_only_the_stated_result_is_read(text: str, number: str | None) -> None:
+    """The completion must begin with the statement; what comes after it says nothing."""
     verdict = Verdict(number, number is not None)
-    assert grade("questions", text, number or "7") == {"number": verdict}
+    assert grade("questions", text, f"It stops at {number or 7}.") == {"number": verdict}
+
+
+def test_the_form_of_the_statement_is_that_of_the_gold_answer() -> None:
+    """Its words are fixed, and are not a pattern; its number is compared as a number."""
+    gold = "The answer (mod 10) is 1,000."
+    for text, correct in (
+        ("The answer (mod 10) is 1000.", True),
+        ("The answer (mod 10) is 999.", False),
+        ("The answer mod 10 is 1000.", False),
+    ):
+        assert grade("questions", text, gold)["number"].correct is correct
 
 
 SAME = [

@@ -1,100 +1,82 @@
 """Likelihood measures against recomputations in a few lines of float64, and their errors."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from boltlm.estep.config import DrawSettings
+from boltlm.estep.estep import ChunkInContext
 from boltlm.evaluation import likelihood
+from boltlm.evaluation.clustered_errors import ratio_estimate
 from boltlm.evaluation.likelihood import (
+    chunk_nlls,
+    document_nlls,
     elbo_metrics,
     join_chunks,
     nll_metrics,
-    ratio_estimate,
     score_documents,
 )
-from boltlm.records import Chunk, Sample
+from boltlm.records import Chunk, Document, Sample
 from tests import reference, tiny
 
 
-def sample(doc_id: str, chunk: int, k: int, parts: tuple[float, float, float] | None) -> Sample:
-    """A sample with (log q, log p(Z), log p(X)), or an invalid one."""
-    log_q, log_p_latent, log_p_text = parts or (-9.0, math.nan, math.nan)
-    return Sample(
-        doc_id=doc_id, chunk=chunk, sample=k, latent="", tokens=(1,),
-        finish="stop" if parts else "length",
-        log_q=log_q, log_p_latent=log_p_latent, log_p_text=log_p_text,
-        log_weight=log_p_latent + log_p_text - log_q if parts else -math.inf, selected=False,
-    )  # fmt: skip
+def sample(doc_id: str, chunk: int, k: int, parts: tuple[float, float, float]) -> Sample:
+    """A sample with (log q, log p(Z), log p(X))."""
+    log_q, log_p_latent, log_p_text = parts
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Sample)), 0.0)
+    values |= {"log_q": log_q, "log_p_latent": log_p_latent, "log_p_text": log_p_text}
+    values |= {"log_weight": log_p_latent + log_p_text - log_q}
+    return Sample(**{**values, "doc_id": doc_id, "chunk": chunk, "sample": k})
 
 
-def random_groups(
-    num_documents: int, num_samples: int, invalid_fraction: float
-) -> tuple[list[list[Sample]], list[int]]:
+def random_groups(num_documents: int, num_samples: int) -> tuple[list[list[Sample]], list[int]]:
     """Random samples for documents of one to three chunks, and the chunks' lengths in tokens."""
     rng = np.random.default_rng(7)
     groups, lengths = [], []
     for d in range(num_documents):
         for c in range(1 + d % 3):
             parts = rng.normal([-10, -12, -30], [2, 3, 5], size=(num_samples, 3))
-            groups.append(
-                [
-                    sample(
-                        f"d{d}", c, k, None if rng.random() < invalid_fraction else tuple(parts[k])
-                    )
-                    for k in range(num_samples)
-                ]
-            )
+            groups.append([sample(f"d{d}", c, k, tuple(parts[k])) for k in range(num_samples)])
             lengths.append(int(rng.integers(3, 40)))
     return groups, lengths
 
 
-def delta_error(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The delta method's standard error of Σ a / Σ b over documents, eq. (9)."""
-    n, ratio = len(numerators), sum(numerators) / sum(denominators)
-    squares = sum((a - ratio * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
-    return math.sqrt(n / (n - 1) * squares) / sum(denominators)
+CLUSTERS = {f"d{d}": f"c{d // 2}" for d in range(20)}  # of two documents each
 
 
-@pytest.mark.parametrize("invalid_fraction", [0.0, 0.4])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_bounds_equal_a_plain_recomputation(invalid_fraction: float, size: int) -> None:
-    """docs/method.md, section 5: IWAE_K of disjoint groups of K samples, the mean of a chunk's
-    finite ones, pooled over tokens; and the fraction of groups in which all samples are invalid."""
-    groups, lengths = random_groups(20, 4, invalid_fraction)
-    numerators: dict[str, float] = {}
-    denominators: dict[str, float] = {}
-    num_groups = num_failed = 0
-    for group, length in zip(groups, lengths, strict=True):
+def test_bounds_equal_a_plain_recomputation(size: int) -> None:
+    """docs/method.md, section 5: IWAE_K of disjoint groups of K samples, the mean of those of a
+    chunk, pooled over tokens; the error is over clusters of documents."""
+    groups, lengths = random_groups(20, 4)
+    bounds_C = []
+    for group in groups:
         bounds = []
         for start in range(0, 4 - size + 1, size):
             weights = [math.exp(s.log_weight) for s in group[start : start + size]]
-            num_groups += 1
-            num_failed += sum(weights) == 0
-            if sum(weights) > 0:
-                bounds.append(math.log(sum(weights) / size))
-        doc = group[0].doc_id
-        bound = sum(bounds) / len(bounds) if bounds else 0.0
-        numerators[doc] = numerators.get(doc, 0.0) + bound
-        denominators[doc] = denominators.get(doc, 0.0) + (length if bounds else 0.0)
-    metrics = elbo_metrics(groups, lengths, [size])
+            bounds.append(math.log(sum(weights) / size))
+        bounds_C.append(sum(bounds) / len(bounds))
+    metrics = elbo_metrics(groups, lengths, [size], CLUSTERS)
     name = f"elbo_per_token_k{size}"
-    ratio = sum(numerators.values()) / sum(denominators.values())
+    ratio = sum(bounds_C) / sum(lengths)
     assert metrics[name] == pytest.approx(ratio, rel=1e-12)
-    error = delta_error(list(numerators.values()), list(denominators.values()))
+    residuals: dict[str, float] = {}
+    for group, bound, length in zip(groups, bounds_C, lengths, strict=True):
+        cluster = f"c{int(group[0].doc_id[1:]) // 2}"
+        residuals[cluster] = residuals.get(cluster, 0.0) + bound - ratio * length
+    error = math.sqrt(10 / 9 * sum(r**2 for r in residuals.values())) / sum(lengths)
     assert metrics[f"{name}_se"] == pytest.approx(error, rel=1e-9)
-    assert metrics[f"elbo_failed_fraction_k{size}"] == pytest.approx(num_failed / num_groups)
     assert metrics["elbo_per_token"] == metrics[name]
-    assert (num_failed > 0) == (invalid_fraction > 0)
+    assert metrics["elbo_per_token_se"] == metrics[f"{name}_se"]
 
 
 def test_the_terms_sum_to_the_bound_of_one_sample() -> None:
     """Eq. (8): utility + simplicity + diversity is the ELBO with K = 1 in nats per chunk."""
-    groups, lengths = random_groups(20, 4, 0.0)
-    metrics = elbo_metrics(groups, lengths, [1, 4])
+    groups, lengths = random_groups(20, 4)
+    metrics = elbo_metrics(groups, lengths, [1, 4], CLUSTERS)
     terms = [metrics[name] for name in ("utility", "simplicity", "diversity")]
     assert sum(terms) == pytest.approx(np.mean([s.log_weight for g in groups for s in g]))
     total = metrics["elbo_per_token_k1"] * sum(lengths)
@@ -104,56 +86,17 @@ def test_the_terms_sum_to_the_bound_of_one_sample() -> None:
 
 
 def test_each_term_has_its_column_and_sign() -> None:
-    """A swapped column or sign would cancel in the sum above. Chunks have equal weights, however
-    many of their samples are invalid."""
+    """A swapped column or sign would cancel in the sum above. Chunks have equal weights."""
     groups = [
         [sample("a", 0, 0, (-1.0, -2.0, -4.0)), sample("a", 0, 1, (-3.0, -4.0, -8.0))],
-        [sample("b", 0, 0, None), sample("b", 0, 1, (-10.0, -20.0, -40.0))],
-        [sample("b", 1, 0, None), sample("b", 1, 1, None)],
+        [sample("b", 0, 0, (-10.0, -20.0, -40.0)), sample("b", 0, 1, (-10.0, -20.0, -40.0))],
     ]
-    metrics = elbo_metrics(groups, [5, 6, 7], [2])
+    metrics = elbo_metrics(groups, [5, 6], [2], {"a": "a", "b": "b"})
     assert metrics["utility"] == pytest.approx((-6.0 - 40.0) / 2)
     assert metrics["simplicity"] == pytest.approx((-3.0 - 20.0) / 2)
     assert metrics["diversity"] == pytest.approx((2.0 + 10.0) / 2)
-    assert metrics["elbo_failed_fraction_k2"] == pytest.approx(1 / 3)
     first = math.log((math.exp(-5.0) + math.exp(-9.0)) / 2)
-    second = -50.0 - math.log(2)
-    assert metrics["elbo_per_token"] == pytest.approx((first + second) / (5 + 6))
-
-
-@given(
-    numerators=st.lists(st.floats(-50, 0), min_size=2, max_size=12),
-    scale=st.floats(0.1, 10),
-)
-def test_the_ratio_is_pooled(numerators: list[float], scale: float) -> None:
-    """Σ a / Σ b and not the mean of ratios: a short document must not count as much as a long one.
-    The error has the same unit and does not depend on the order of the documents."""
-    a, b = np.array(numerators), np.arange(1.0, len(numerators) + 1)
-    ratio, error = ratio_estimate(a, b)
-    assert ratio == pytest.approx(sum(numerators) / b.sum())
-    assert error == pytest.approx(delta_error(numerators, b.tolist()), abs=1e-12)
-    scaled = ratio_estimate(scale * a, b)
-    assert scaled == pytest.approx((scale * ratio, scale * error), abs=1e-9)
-    assert ratio_estimate(a[::-1], b[::-1]) == pytest.approx((ratio, error), abs=1e-9)
-
-
-def test_the_standard_error_agrees_with_the_bootstrap() -> None:
-    """Within 10 % of resampling 400 documents whose lengths and losses are correlated."""
-    rng = np.random.default_rng(3)
-    denominators = rng.integers(5, 200, size=400).astype(float)
-    numerators = -denominators * rng.normal(2.0, 0.3, size=400) - rng.normal(0, 8, size=400)
-    _, error = ratio_estimate(numerators, denominators)
-    picks = rng.integers(0, 400, size=(4000, 400))
-    resampled = numerators[picks].sum(1) / denominators[picks].sum(1)
-    assert error == pytest.approx(resampled.std(ddof=1), rel=0.1)
-    assert error != pytest.approx((numerators / denominators).std(ddof=1) / 20, rel=0.1)
-
-
-def test_one_document_has_no_error() -> None:
-    """NaN and not 0: a single document says nothing about the spread."""
-    ratio, error = ratio_estimate(np.array([-6.0]), np.array([3.0]))
-    assert ratio == -2.0
-    assert math.isnan(error)
+    assert metrics["elbo_per_token"] == pytest.approx((first - 50.0) / (5 + 6))
 
 
 WINDOW = 9
@@ -174,30 +117,27 @@ def test_raw_nll_equals_a_plain_recomputation(
     """−log p of the text after BOS, without EOS; beyond the context window, each further window
     begins with the token before it."""
     model64, special = reference.double(enumerable.model), enumerable.special_tokens
-    nlls = []
-    for tokens in documents.values():
+    expected = {}
+    for doc_id, tokens in documents.items():
         nll, start = 0.0, 0
         while start < len(tokens):
             previous = special.bos if start == 0 else tokens[start - 1]
             window = tokens[start : start + WINDOW - 1]
             nll -= reference.log_probs(model64, [previous], window).sum()
             start += WINDOW - 1
-        nlls.append(nll)
-    lengths = [len(tokens) for tokens in documents.values()]
-    metrics = nll_metrics(
-        score_documents(enumerable.model, special, documents, WINDOW, batch_tokens)
-    )
-    assert metrics["nll_per_token"] == pytest.approx(sum(nlls) / sum(lengths), abs=1e-5)
-    assert metrics["nll_per_token_se"] == pytest.approx(delta_error(nlls, lengths), rel=1e-3)
+        expected[doc_id] = nll
+    nlls = document_nlls(enumerable.model, special, documents, WINDOW, batch_tokens)
+    assert nlls == pytest.approx(expected, abs=1e-4)
     context_length = enumerable.coder.context_length
-    one_window = nll_metrics(
-        score_documents(enumerable.model, special, documents, context_length, batch_tokens)
+    one_window = document_nlls(enumerable.model, special, documents, context_length, batch_tokens)
+    assert one_window == pytest.approx(
+        {
+            doc_id: -reference.log_probs(model64, [special.bos], tokens).sum()
+            for doc_id, tokens in documents.items()
+        },
+        abs=1e-4,
     )
-    nlls = [
-        -reference.log_probs(model64, [special.bos], tokens).sum() for tokens in documents.values()
-    ]
-    assert one_window["nll_per_token"] == pytest.approx(sum(nlls) / sum(lengths), abs=1e-5)
-    assert abs(one_window["nll_per_token"] - metrics["nll_per_token"]) > 1e-3
+    assert abs(one_window["d30"] - nlls["d30"]) > 1e-3
 
 
 def test_windows_score_every_token_once(
@@ -213,10 +153,8 @@ def test_windows_score_every_token_once(
         return [[-np.ones(len(branch)) for branch in group] for group in branches]
 
     monkeypatch.setattr(likelihood, "token_log_probs", record_windows)
-    metrics = nll_metrics(
-        score_documents(enumerable.model, enumerable.special_tokens, documents, WINDOW, 100)
-    )
-    assert metrics["nll_per_token"] == 1
+    nlls = document_nlls(enumerable.model, enumerable.special_tokens, documents, WINDOW, 100)
+    assert nlls == {doc_id: len(tokens) for doc_id, tokens in documents.items()}
     assert [token for _, branch in windows for token in branch] == [
         token for tokens in documents.values() for token in tokens
     ]
@@ -232,6 +170,60 @@ def test_chunks_are_joined_to_documents() -> None:
     assert join_chunks(chunks) == {"a": [1, 2, 3], "b": [4]}
 
 
-def test_the_ratio_of_nothing_is_not_a_number() -> None:
-    """Where all samples of all chunks are invalid there is no bound, and no warning either."""
-    assert np.isnan(ratio_estimate(np.zeros(3), np.zeros(3))).all()
+CHUNKS = [
+    Chunk(doc_id=doc_id, chunk=index, text="", tokens=tokens)
+    for doc_id, texts in {"a": [(1, 4), (7,), (4, 4, 1)], "b": [(4, 1)]}.items()
+    for index, tokens in enumerate(texts)
+]
+
+
+@pytest.mark.parametrize("has_latents", [True, False])
+def test_the_likelihood_of_chunks_in_context(enumerable: tiny.Tiny, has_latents: bool) -> None:
+    """Eq. (13): after the empty pair of marks for a model with latents, else directly after the
+    context, which is that of the bound."""
+    model64, special = reference.double(enumerable.model), enumerable.special_tokens
+    chunks = [
+        ChunkInContext("a", 0, (), (1, 4)),
+        ChunkInContext("a", 1, (1, 4), (7,)),
+        ChunkInContext("b", 0, (7, 7), (4, 4, 1)),
+    ]
+    expected = {"a": 0.0, "b": 0.0}
+    for chunk in chunks:
+        marks = [special.sol, special.eol] if has_latents else []
+        prompt = [special.bos, *chunk.context, *marks]
+        expected[chunk.doc_id] -= reference.log_probs(model64, prompt, list(chunk.text)).sum()
+    nlls = chunk_nlls(enumerable.model, special, chunks, has_latents, 1000)
+    assert nlls == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_scores_of_documents(enumerable: tiny.Tiny) -> None:
+    """Both likelihoods by document. Without latents, and with the whole document as context, they
+    are equal by the chain rule; a shorter context makes another measure. A document without a
+    cluster is its own."""
+    settings = DrawSettings(
+        seed=1, context_chunks=9, max_latent_tokens=8, sampling=tiny.sampling_config()
+    )
+    documents = [
+        Document(doc_id="a", text="", source="t", cluster="book"),
+        Document(doc_id="b", text="", source="t"),
+    ]
+
+    def scores(settings: DrawSettings, **changes: Any) -> list[likelihood.DocumentScore]:
+        arguments: dict[str, Any] = {"has_latents": False, **changes}
+        model, coder = enumerable.model, enumerable.coder
+        return score_documents(model, coder, settings, documents, CHUNKS, **arguments)
+
+    rows = scores(settings)
+    assert [(row.doc_id, row.cluster, row.tokens) for row in rows] == [
+        ("a", "book", 6), ("b", "b", 2),
+    ]  # fmt: skip
+    assert [row.nll_in_context for row in rows] == pytest.approx([row.nll for row in rows])
+    for other in (scores(replace(settings, context_chunks=1)), scores(settings, has_latents=True)):
+        assert other[0].nll == pytest.approx(rows[0].nll)
+        assert abs(other[0].nll_in_context - rows[0].nll) > 1e-3
+    metrics = nll_metrics(rows)
+    nll_D, tokens_D = np.array([row.nll for row in rows]), np.array([6.0, 2.0])
+    value, error, _ = ratio_estimate(nll_D, tokens_D, ["book", "b"])
+    assert (metrics["nll_per_token"], metrics["nll_per_token_se"]) == (value, error)
+    counts = [metrics[f"heldout_{name}"] for name in ("documents", "tokens", "clusters")]
+    assert counts == [2, 8, 2]

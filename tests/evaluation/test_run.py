@@ -17,7 +17,7 @@ from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.errors import UserError
 from boltlm.estep import executors
 from boltlm.evaluation import backends, run
-from boltlm.evaluation.config import EvaluateSettings
+from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
 from boltlm.evaluation.downstream import TaskAnswer
 from boltlm.evaluation.finetune_config import FinetuneSettings
 from boltlm.evaluation.run import EvaluationPaths
@@ -43,6 +43,7 @@ class Stage:
             "extra_corpora": ["extra"],
             "batch_size": 4,
             "max_thought_tokens": 6,
+            "large_k": {"k_samples": 8, "documents": 4},
         }
         self.params["models"] = {"one": {"format": "latent"}, "raw": {"format": "raw"}}
         chunking = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2)
@@ -90,11 +91,9 @@ def test_bounds_are_recomputed_from_the_stored_samples(
             bounds = []
             for start in range(0, len(group), size):
                 weights = [math.exp(s.log_weight) for s in group[start : start + size]]
-                if sum(weights) > 0:
-                    bounds.append(math.log(sum(weights) / size))
-            if bounds:
-                numerator += sum(bounds) / len(bounds)
-                denominator += lengths[key]
+                bounds.append(math.log(sum(weights) / size))
+            numerator += sum(bounds) / len(bounds)
+            denominator += lengths[key]
         elbo = metrics[f"{prefix}elbo_per_token_k{size}"]
         assert elbo == pytest.approx(numerator / denominator, rel=1e-9)
     assert metrics[f"{prefix}heldout_tokens"] == sum(lengths.values())
@@ -115,10 +114,32 @@ def test_nll_is_lm_evals_rolling_log_likelihood(stage: Stage, metrics: dict[str,
     assert metrics["nll_per_token"] == pytest.approx(nll / tokens, rel=1e-5)
 
 
+def test_the_bound_with_a_large_k(stage: Stage, metrics: dict[str, float]) -> None:
+    """On the first documents, beside the usual K from the same draws, the first of which are those
+    of the whole corpus."""
+    tables = {name: stage.paths.out / name / "heldout" for name in ("likelihood", "large_k")}
+    small, large = (
+        {(s.doc_id, s.chunk, s.sample): s for s in read_table(table, Sample)}
+        for table in tables.values()
+    )
+    first_documents = list(dict.fromkeys(doc_id for doc_id, _, _ in small))[:4]
+    assert list(dict.fromkeys(doc_id for doc_id, _, _ in large)) == first_documents
+    shared = [key for key in small if key in large]
+    assert len(shared) == len(large) / 2
+    assert all(small[key].tokens == large[key].tokens for key in shared)
+    assert metrics["subset/documents"] == 4
+    assert metrics["subset/elbo_per_token"] == metrics["subset/elbo_per_token_k8"]
+    assert metrics["subset/elbo_per_token_k8"] > metrics["subset/elbo_per_token_k4"]
+
+
 def test_every_answer_is_stored(stage: Stage, metrics: dict[str, float]) -> None:
-    """Prompt, completion, extracted answer and verdict of all questions, in both spaces."""
+    """Prompt, completion, extracted answer and verdict of all questions in all spaces, for each cue
+    where there are cues; with the cluster of the question."""
     answers = list(read_table(stage.paths.out / "answers", TaskAnswer))
-    assert len(answers) == 2 * 6
+    assert len(answers) == 4 * 6
+    questions = read_table(stage.paths.split / "questions", Question)
+    clusters = {question.question_id: question.cluster for question in questions}
+    assert all(clusters[answer.question_id] == answer.cluster for answer in answers)
     for space in ("latent", "raw"):
         in_space = [answer for answer in answers if answer.space == space]
         accuracy = sum(answer.correct for answer in in_space) / len(in_space)
@@ -160,7 +181,7 @@ def test_an_interrupted_evaluation_resumes(
     with pytest.raises(InterruptedError):
         other.run()
     assert other.run() == pytest.approx(metrics, nan_ok=True)
-    assert calls == [6, 6, 6], "the first task was answered again"
+    assert calls == [6, 6, 6, 12], "the first task was answered again"
 
 
 def test_raw_models_have_no_bound_and_answer_in_raw_space(stage: Stage) -> None:
@@ -169,9 +190,14 @@ def test_raw_models_have_no_bound_and_answer_in_raw_space(stage: Stage) -> None:
     settings = build_settings(EvaluateSettings, stage.params, name="raw")
     raw_metrics = run.evaluate_model(settings, replace(stage.paths, out=folder))
     assert "elbo_per_token" not in raw_metrics
-    assert {answer.space for answer in read_table(folder / "answers", TaskAnswer)} == {"raw"}
+    spaces = {answer.space for answer in read_table(folder / "answers", TaskAnswer)}
+    assert spaces == {"raw", "cot"}
     assert not any("latent" in a.prompt for a in read_table(folder / "answers", TaskAnswer))
     json.dumps(raw_metrics)
+    settings = build_settings(BaseEvaluateSettings, stage.params, name="base")
+    assert run.evaluate_model(settings, replace(stage.paths, out=folder)) == pytest.approx(
+        raw_metrics, nan_ok=True
+    )
 
 
 def test_answers_of_an_earlier_run_are_removed(stage: Stage, metrics: dict[str, float]) -> None:
@@ -197,6 +223,9 @@ def test_answers_of_an_earlier_run_are_removed(stage: Stage, metrics: dict[str, 
         ({"tasks": ["gsm8k/raw"]}, "evaluate.tasks: 'gsm8k/raw' is not of the form"),
         ({"backend": "tpu"}, "evaluate.backend must be hf | vllm"),
         ({"k_samples": []}, "k_samples must list one number or more"),
+        ({"large_k": {"k_samples": 4, "documents": 1}}, "large_k.k_samples must be above"),
+        ({"cues": []}, "cues must list one text or more"),
+        ({"tasks": ["gsm8k/standard/cot"]}, "the space 'cot' is for the task 'questions'"),
         ({"k_samples": [0]}, "evaluate.k_samples[0] must be 1 or more"),
         ({"limit": 0}, "evaluate.limit must be 1 or more"),
     ],

@@ -96,8 +96,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions as the stage `split` writes them."""
     folder = tmp_path_factory.mktemp("questions")
     questions = [
-        Question(question_id="q7", prompt="A dial is at 3. Up 4.", answer="7", latent="3 + 4"),
-        Question(question_id="q2", prompt=" A dial is at 9. Down 7.", answer="2"),
+        Question(
+            question_id="q7", prompt="A dial is at 3. Up 4.", stem="It is", answer="7", cluster="c"
+        ),
+        Question(question_id="q2", prompt=" A dial is at 9. Down 7.", stem="It is", answer="2"),
     ]
     write_shard(folder / "00000.parquet", Question, questions)
     return folder
@@ -163,10 +165,39 @@ def test_the_corpus_questions(pages: Path, wide: Path) -> None:
         ("latent", False, SOL + PRIOR), ("raw", False, ""), ("raw", True, SOL + EOL),
     ):  # fmt: skip
         docs = load_docs(f"questions/standard/{space}", str(pages), wide, no_latent=no_latent)
-        assert [(doc["id"], doc["prompt"], doc["gold"]) for doc in docs] == [
-            ("q7", f"A dial is at 3. Up 4.{end}", "7"),
-            ("q2", f" A dial is at 9. Down 7.{end}", "2"),
+        assert [(doc["id"], doc["cluster"], doc["prompt"], doc["gold"]) for doc in docs] == [
+            ("q7", "c", f"A dial is at 3. Up 4.{end}", "It is 7."),
+            ("q2", "q2", f" A dial is at 9. Down 7.{end}", "It is 2."),
         ]
+
+
+def test_plain_text_thoughts(pages: Path, wide: Path) -> None:
+    """In the space `cot` each question is asked with each cue, the model may think before the first
+    sentence of the stated form, and the best cue gives the accuracy of the task."""
+    completions = {
+        "A dial is at 3. Up 4.": " It is 3. Then 4. It is 7.",  # its first statement counts
+        "A dial is at 3. Up 4. Dial": " from 3, up by 4 to 7. It is 7.\x04 It is 8.",
+        " A dial is at 9. Down 7.": " It is 2.",
+        " A dial is at 9. Down 7. Dial": " 9, 8, so it is 2, It is 2.",
+    }
+    spec, model = TaskSpec.parse("questions/standard/cot"), ScriptedLM(completions.__getitem__)
+    options = TaskOptions(
+        data_path=str(pages), tokenizer=wide, max_answer_tokens=9, cues=("", "Dial")
+    )
+    answers = downstream.run_task(model, spec, options)
+    assert {prompt for prompt, _ in model.requests} == completions.keys()
+    assert [(a.question_id, a.cue, a.thought, a.extracted, a.correct) for a in answers] == [
+        ("q7", 1, " ", "3", False),
+        ("q7", 2, " from 3, up by 4 to 7. ", "7", True),
+        ("q2", 1, " ", "2", True),
+        ("q2", 2, " 9, 8, so it is 2, ", "2", True),
+    ]
+    metrics, name = task_metrics(answers, "tests"), spec.name
+    accuracies = [metrics[f"{name}/{part}accuracy"] for part in ("cue1/", "cue2/", "")]
+    assert accuracies == [0.5, 1.0, 1.0]
+    assert metrics[f"{name}/accuracy_se"] == metrics[f"{name}/cue2/accuracy_se"] == 0
+    counts = [metrics[f"{name}/{count}"] for count in ("best_cue", "questions", "clusters")]
+    assert counts == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -240,11 +271,16 @@ def test_one_answer_for_each_grader_and_sample(space: str, items: str, wide: Pat
 
 
 def test_thought_and_answer_of_a_completion() -> None:
-    """The answer follows the first EoL; in raw space the complete text is the answer."""
-    assert split_completion(f"a{EOL} b{EOL}c", "latent") == ("a", f" b{EOL}c")
-    assert split_completion(EOL, "latent") == ("", "")
-    assert split_completion("a", "latent") == ("a", None)
-    assert split_completion(f"a{EOL}b", "raw") == (None, f"a{EOL}b")
+    """The answer follows the first EoL; in raw space the complete text is the answer, in the space
+    `cot` what begins with the first sentence of the form of the gold answer."""
+    assert split_completion(f"a{EOL} b{EOL}c", "latent", "") == ("a", f" b{EOL}c")
+    assert split_completion(EOL, "latent", "") == ("", "")
+    assert split_completion("a", "latent", "") == ("a", None)
+    assert split_completion(f"a{EOL}b", "raw", "") == (None, f"a{EOL}b")
+    assert split_completion("a. It is 3. It is 4.", "cot", "It is 7.") == (
+        "a. ", "It is 3. It is 4.",
+    )  # fmt: skip
+    assert split_completion("It is so.", "cot", "It is 7.") == ("It is so.", None)
 
 
 def test_accuracies_by_hand_and_by_lm_eval(items: str, wide: Path) -> None:
@@ -273,6 +309,7 @@ def test_accuracies_by_hand_and_by_lm_eval(items: str, wide: Path) -> None:
         "gsm8k/standard/raw/strict/accuracy": 0,
         "gsm8k/standard/raw/strict/accuracy_se": 0,
         "gsm8k/standard/raw/questions": 5,
+        "gsm8k/standard/raw/clusters": 5,
         "gsm8k/standard/raw/shots": 8,
         "gsm8k/standard/raw/lost_shots_fraction": 0,
     }
@@ -289,7 +326,8 @@ def answer(question_id: str, correct: bool, **changes: Any) -> TaskAnswer:
             "task": "gsm8k", "prompts": "standard", "space": "raw", "subject": "", "sample": 0,
             "shots": 8, "lost_shots": 0, "prompt": "Q", "completion": "A", "thought": None,
             "gold": "1", "grader": "flexible", "extracted": None,
-            "question_id": question_id, "correct": correct, **changes,
+            "question_id": question_id, "cluster": question_id, "cue": 0, "correct": correct,
+            **changes,
         }
     )  # fmt: skip
 
@@ -297,12 +335,26 @@ def answer(question_id: str, correct: bool, **changes: Any) -> TaskAnswer:
 def test_accuracy_and_its_error() -> None:
     """Questions have equal weights, however many samples they have; one question has no error."""
     answers = [answer("a", True), answer("a", False), answer("b", True), answer("c", False)]
-    mean, error = mean_accuracy(answers)
-    assert mean == pytest.approx(0.5)
+    mean, error, clusters = mean_accuracy(answers)
+    assert (mean, clusters) == (pytest.approx(0.5), 3)
     assert error == pytest.approx(np.std([0.5, 1, 0], ddof=1) / math.sqrt(3))
-    mean, error = mean_accuracy(answers[:2])
-    assert mean == 0.5
+    mean, error, clusters = mean_accuracy(answers[:2])
+    assert (mean, clusters) == (0.5, 1)
     assert math.isnan(error)
+
+
+def test_repeated_problems_add_no_certainty() -> None:
+    """Questions that ask for the same problem are one cluster: asked five times each, three
+    problems give the mean and the error of three questions."""
+    correct = {"a": True, "b": False, "c": True}
+    once = [answer(name, value) for name, value in correct.items()]
+    repeated = [
+        answer(f"{name}{copy}", value, cluster=name)
+        for name, value in correct.items()
+        for copy in range(5)
+    ]
+    assert mean_accuracy(repeated) == pytest.approx(mean_accuracy(once))
+    assert task_metrics(repeated, "tests")["gsm8k/standard/raw/clusters"] == 3
 
 
 def test_lost_examples_and_questions_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +403,7 @@ def test_a_question_that_does_not_fit(base_folder: Path, tmp_path: Path) -> None
 
 
 TASK_NAMES = r"\|".join(get_args(TaskName))
-FORM = rf"\({TASK_NAMES}\)/\(standard\|synthetic\)/\(latent\|raw\)"
+FORM = rf"\({TASK_NAMES}\)/\(standard\|synthetic\)/\(latent\|raw\|cot\)"
 
 
 INVALID = [
@@ -381,3 +433,10 @@ def test_all_task_specifications() -> None:
                 spec = TaskSpec.parse(text)
                 assert (spec.task, spec.prompts, spec.space) == (task, prompts, space)
                 assert spec.name == text
+
+
+def test_only_the_questions_have_a_space_for_plain_text_thoughts() -> None:
+    """In raw space the public tasks are asked for a thought anyway."""
+    assert TaskSpec.parse("questions/standard/cot").space == "cot"
+    with pytest.raises(UserError, match="use 'raw' for 'gsm8k'"):
+        TaskSpec.parse("gsm8k/standard/cot")

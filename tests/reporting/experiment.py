@@ -79,8 +79,12 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {
         "nll_per_token": 1.5 - index / 64,
         "nll_per_token_se": 0.01,
+        "nll_in_context_per_token": 1.25 - index / 64,
+        "nll_in_context_per_token_se": 0.01,
+        "heldout_clusters": 44,
         "questions/standard/raw/accuracy": 0.1 + index / 64,
         "questions/standard/raw/accuracy_se": 0.01,
+        "questions/standard/raw/clusters": 43,
     }
     if not raw:
         names = "elbo_per_token_k1 elbo_per_token_k4 elbo_per_token utility simplicity diversity"
@@ -93,6 +97,9 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
         }
         metrics |= {"exact_match_selected": index / 12, "latent_tokens_mean": 20.0 + index}
         metrics |= {"ess_mean": 2 + index / 8, "masked_mass": 0.0, "ess_p10": None}
+        metrics |= {"distinct_latents_mean": 1 + index / 8}
+        for size in (4, 64):
+            metrics |= {f"subset/elbo_per_token_k{size}": -5 + index / 8 + size / 64}
     return metrics
 
 

@@ -23,6 +23,7 @@ def test_the_chain_follows_from_which_model_sampled_which_latents(chain: Sequenc
         "mix": ("other", chain[0]),
         "taught": ("teacher", None),
         "frozen_em": ("frozen", chain[0]),
+        "base": ("base", None),
     }
 
 
@@ -38,7 +39,7 @@ def test_of_equally_long_chains_the_first_in_params_is_taken() -> None:
 def test_without_sampled_latents_there_is_no_chain() -> None:
     params = report_params({"a": model("teacher/some"), "b": model("split/em", "raw")}, {})
     arms = experiment_arms(report_settings(params))
-    assert [arm.role for arm in arms] == ["teacher", "raw"]
+    assert [arm.role for arm in arms] == ["teacher", "raw", "base"]
 
 
 def test_models_that_sample_for_each_other_are_refused_by_name() -> None:

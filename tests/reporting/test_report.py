@@ -55,12 +55,12 @@ def test_the_table_of_every_figure_has_the_numbers_of_the_metrics_files(
     bounds = {row["model"]: row for row in read_rows(out / "elbo.csv")}
     assert set(bounds) == set(params["models"])
     assert [bounds[name]["iteration"] for name in chain] == [str(t) for t in range(len(chain))]
-    assert bounds["plain"]["metric"] == "nll_per_token"
+    assert bounds["plain"]["metric"] == "nll_in_context_per_token"
     accuracies = read_rows(out / "accuracy.csv")
     spaces = {(row["model"], row["metric"].split("/")[2]) for row in accuracies}
     assert spaces >= {(name, space) for name in chain for space in ("latent", "raw")}
     assert len(read_rows(out / "parts.csv")) == 3 * len(chain)
-    assert len(read_rows(out / "diagnostics.csv")) == 5 * len(chain)
+    assert len(read_rows(out / "diagnostics.csv")) == 6 * len(chain)
     training = read_rows(out / "training.csv")
     assert [float(row["loss"]) for row in training if row["model"] == "mix"] == [
         6.0,
@@ -83,7 +83,7 @@ def test_the_histogram_shows_the_central_range_and_its_table_every_draw(tmp_path
     assert low > -32
 
 
-def test_controls_are_drawn_at_their_bound_or_at_minus_their_nll(tmp_path: Path) -> None:
+def test_controls_are_drawn_at_their_bound_or_at_minus_their_nll_in_context(tmp_path: Path) -> None:
     params = chain_params(RENAMED)
     write_metrics(params, tmp_path)
     results = results_of(params, tmp_path)
@@ -97,7 +97,7 @@ def test_controls_are_drawn_at_their_bound_or_at_minus_their_nll(tmp_path: Path)
     }
     controls = ("mix", "taught", "frozen_em")
     expected = {results.evaluation[name]["elbo_per_token"] for name in controls}
-    assert heights == expected | {-results.evaluation["plain"]["nll_per_token"]}
+    assert heights == expected | {-results.evaluation["plain"]["nll_in_context_per_token"]}
 
 
 def test_fractions_are_shown_in_percent(tmp_path: Path) -> None:
@@ -114,6 +114,7 @@ def test_fractions_are_shown_in_percent(tmp_path: Path) -> None:
         "latents identical to the reference": True,
         "tokens per latent": False,
         "effective sample size (K = 4)": False,
+        "distinct latents of a chunk": False,
         "masked probability": True,
     }
 
@@ -123,7 +124,7 @@ def test_labels_of_controls_with_equal_values_do_not_overlap(tmp_path: Path) -> 
     params["models"] |= {f"raw_{i}": model("split/em", "raw") for i in range(9)}
     write_metrics(params, tmp_path)
     for path in (tmp_path / "metrics/eval").glob("raw_*.json"):
-        path.write_text(json.dumps({"nll_per_token": 1.5}))
+        path.write_text(json.dumps({"nll_in_context_per_token": 1.5}))
     plot = iterations.plot_elbo(results_of(params, tmp_path))
     assert isinstance(plot, Plot)
     FigureCanvasAgg(plot.figure).draw()
@@ -147,12 +148,15 @@ def test_the_report_names_every_model_and_links_every_figure(tmp_path: Path) -> 
     for name in (*params["models"], *params["latents"]):
         assert f"\n| {name} |" in text
     assert all(f"({stem}.png)" in text for stem in FIGURES)
-    assert "| second | iteration 2 | −3.375 ± 0.020 | 1.422 ± 0.010 |" in text
+    assert "| second | iteration 2 | −3.375 ± 0.020 | 1.172 ± 0.010 | 1.422 ± 0.010 |" in text
     assert "is skipped" not in text
     assert "| tuned | gsm8k/standard/latent | 25.0% ± 2.0% | 3.0% | – | 5 | 16 |" in text
     assert "absent" not in text
     assert "| second | 17.8% |" in text
     assert "| plain | – |" in text
+    assert "(44 of documents, 43 of questions)" in text
+    assert "| model | K = 4 | K = 64 |\n" in text
+    assert "| second | −4.312 | −3.375 |" in text
 
 
 def test_what_has_no_numbers_is_skipped_with_its_reason(tmp_path: Path) -> None:
@@ -175,7 +179,10 @@ def test_what_has_no_numbers_is_skipped_with_its_reason(tmp_path: Path) -> None:
     write_figures(params, tmp_path)
     assert not list(out.glob("*.png"))
     assert (out / "report.md").read_text().count("is skipped: ") == len(FIGURES)
-    assert "| plain | raw text | – | 1.500 ± 0.010 |" in (out / "report.md").read_text()
+    assert (
+        "| plain | raw text | – | 1.250 ± 0.010 | 1.500 ± 0.010 |"
+        in (out / "report.md").read_text()
+    )
     text = (write_figures(chain_params(LAPTOP), tmp_path / "empty") / "report.md").read_text()
     assert text.count("is skipped: ") == len(FIGURES)
 
@@ -191,3 +198,23 @@ def test_validation_curves_show_the_values_and_the_best_so_far(tmp_path: Path) -
     assert (better["value"], better["best"]) == ("1.75", "1.75")
     assert points["mix", "val_elbo", "300.0"]["best"] == "-4.0"
     assert ("plain", "val_elbo", "300.0") not in points
+
+
+def test_the_base_model_is_a_row_and_a_control(tmp_path: Path) -> None:
+    """Although it is no entry of `models`; its training curve keeps a panel of its own."""
+    params = chain_params(RENAMED)
+    write_metrics(params, tmp_path)
+    accuracies = {f"questions/standard/{s}/accuracy": v for s, v in (("cot", 0.125), ("raw", 0.0))}
+    metrics = {"nll_in_context_per_token": 2.5, **accuracies}
+    (tmp_path / "metrics/eval/base.json").write_text(json.dumps(metrics))
+    curve = (tmp_path / "metrics/train/plain.csv").read_text()
+    (tmp_path / "metrics/train/base.csv").write_text(curve)
+    out = write_figures(params, tmp_path)
+    text = (out / "report.md").read_text()
+    assert "| base | base model | – | 2.500 | – | – | 12.5% | 0.0% |" in text
+    (row,) = (row for row in read_rows(out / "accuracy.csv") if row["model"] == "base")
+    assert (row["metric"], row["value"]) == ("questions/standard/cot/accuracy", "0.125")
+    plot = curves.plot_training(results_of(params, tmp_path))
+    assert isinstance(plot, Plot)
+    panels = [len(axes.lines) for axes in plot.figure.axes]
+    assert panels == [1, len(params["models"])]

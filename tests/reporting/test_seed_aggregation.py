@@ -5,6 +5,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from boltlm.errors import UserError
@@ -13,6 +14,7 @@ from boltlm.reporting.seed_aggregation import (
     SeedRow,
     _format_mean,
     collect_seeds,
+    mean_over_seeds,
     paired_table,
     seed_table,
     write_seed_csv,
@@ -60,7 +62,7 @@ def test_experiments_are_identified_by_their_params(repository: Path) -> None:
         ("em2", 4, 1, 105.0),
         ("em2", 4, 2, 106.0),
     ]
-    assert "| em1 | 4 | 2 | 5.500 ± 0.500 | – |" in seed_table(rows)
+    assert "| em1 | 4 | 2 | 5.500 ± 6.353 | – |" in seed_table(rows)
 
 
 def test_metrics_that_an_older_commit_calls_otherwise_are_blank(repository: Path) -> None:
@@ -98,11 +100,26 @@ def test_a_failure_of_git_is_a_user_error(tmp_path: Path, monkeypatch: pytest.Mo
         collect_seeds(4, [])
 
 
-def test_mean_and_standard_error() -> None:
-    """s/√n with the unbiased standard deviation s."""
-    assert _format_mean([1.0, 2.0, 3.0]) == "2.000 ± 0.577"
+def test_mean_and_interval() -> None:
+    """s/√n with the unbiased standard deviation s, times the 97.5 % quantile of the t distribution
+    with n − 1 degrees of freedom, here from a table: 4.303 for n = 3 and 2.262 for n = 10."""
+    assert mean_over_seeds([1.0, 2.0, 3.0]) == pytest.approx(
+        (2, 3**-0.5, 4.303 * 3**-0.5), rel=1e-3
+    )
+    mean, error, half_width = mean_over_seeds([float(value) for value in range(10)])
+    assert (mean, half_width / error) == (4.5, pytest.approx(2.262, rel=1e-3))
+    assert _format_mean([1.0, 2.0, 3.0]) == "2.000 ± 2.484"
     assert _format_mean([1.0]) == "1.000"
     assert _format_mean([]) == "–"
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """Over 4000 experiments of five normal seeds, 95 % of the intervals contain the true mean, with
+    a standard error of 0.34 %; two standard errors would be 88 %."""
+    draws = np.random.default_rng(2).normal(1.0, 2.0, size=(4000, 5))
+    intervals = [mean_over_seeds(seeds) for seeds in draws.tolist()]
+    assert abs(np.mean([abs(i.mean - 1) < i.half_width for i in intervals]) - 0.95) < 0.014
+    assert np.mean([abs(i.mean - 1) < 2 * i.standard_error for i in intervals]) < 0.9
 
 
 def rows_of(bounds: dict[tuple[str, int], float], metric: str = "elbo_per_token") -> list[SeedRow]:
@@ -114,14 +131,14 @@ def rows_of(bounds: dict[tuple[str, int], float], metric: str = "elbo_per_token"
 
 def test_differences_are_paired_by_seed() -> None:
     """What the models of one seed have in common cancels; a seed that only one of the two models
-    has is not counted."""
+    has is not counted. The half-width is 12.706, t of one degree of freedom, times 0.25."""
     bounds = {("em1", 1): 5.0, ("em1", 2): 9.0, ("em2", 1): 6.0, ("em2", 2): 10.5, ("em2", 3): 0.0}
     table = paired_table(rows_of(bounds), 4, ["em2-em1"])
-    assert "| em2 − em1 | 2 | 1.250 ± 0.250 |" in table
+    assert "| em2 − em1 | 2 | 1.250 ± 3.177 |" in table
 
 
 def test_the_likelihood_of_a_raw_model_takes_the_place_of_its_bound() -> None:
-    rows = rows_of({("em1", 1): -0.5}) + rows_of({("raw", 1): 0.75}, "nll_per_token")
+    rows = rows_of({("em1", 1): -0.5}) + rows_of({("raw", 1): 0.75}, "nll_in_context_per_token")
     assert "| em1 − raw | 1 | 0.250 |" in paired_table(rows, 4, ["em1-raw"])
 
 

@@ -34,6 +34,7 @@ NAMES = (
 # Two and four tokens, the distances that special tokens and a result put between a round and its
 # latent: the base model has then learned to attend over such distances.
 ASIDES = ("", "So.", "So it is.")
+RESULT_STEM = "It stops at"
 STEP_WORDS = ("first", "then", "next", "finally")
 HELD_OUT_FRACTION = 0.1
 MAX_TRIES = 10_000
@@ -97,7 +98,7 @@ class Round:
 
     def result(self) -> str:
         """The sentence that gives the last mark."""
-        return f"It stops at {self.marks[-1]}."
+        return f"{RESULT_STEM} {self.marks[-1]}."
 
     def derivation(self) -> str:
         """The sentence that gives the mark after each step."""
@@ -130,6 +131,7 @@ def generate_documents(config: GeneratedSource, seed: int) -> Iterator[Document]
             doc_id=doc_id,
             text=" ".join(sentence for sentence, _ in sentences),
             source="generated",
+            cluster=" ".join(dict.fromkeys(thought for _, thought in sentences if thought)) or None,
             thoughts=tuple(thought for _, thought in sentences),
         )
 
@@ -146,7 +148,9 @@ def generate_questions(config: GeneratedSource, seed: int) -> Iterator[Question]
         yield Question(
             question_id=question_id,
             prompt=problem.statement(),
+            stem=RESULT_STEM,
             answer=str(problem.marks[-1]),
+            cluster=problem.derivation(),
             latent=problem.derivation(),
         )
 

@@ -18,6 +18,7 @@ from boltlm.records import Document, Question
 from boltlm.seeds import uniform
 
 GSM8K_HUB = "openai/gsm8k"
+GSM8K_STEM = "The answer is"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,10 +34,12 @@ class PieceColumns:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnMapping:
-    """The source's column for each field of a document; null where the source has none."""
+    """The source's column for each field of a document; null where the source has none. `cluster`:
+    what makes documents dependent, such as their book or site."""
 
     text: str
     doc_id: str | None
+    cluster: str | None
     latent: str | None
     pieces: PieceColumns | None
 
@@ -124,7 +127,7 @@ def parse_gsm8k_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def format_gsm8k_answer(answer: str) -> str:
     """The sentence in which a GSM8K document states its final answer."""
-    return f"The answer is {answer}."
+    return f"{GSM8K_STEM} {answer}."
 
 
 def _shuffled(documents: Iterable[Document], size: int, seed: int) -> Iterator[Document]:
@@ -164,12 +167,13 @@ def _mapped_documents(
     for index, row in enumerate(rows):
         pieces = columns.pieces.column if columns.pieces else None
         location = f"{source}, row {index + 1}"
-        for column in (columns.text, columns.doc_id, columns.latent, pieces):
+        for column in (columns.text, columns.doc_id, columns.cluster, columns.latent, pieces):
             if column is not None and column not in row:
                 raise UserError(f"{location}: no column '{column}'; the row has {', '.join(row)}")
         text = row[columns.text]
         if not isinstance(text, str):
             raise UserError(f"{location}: column '{columns.text}' is not text")
+        cluster = row[columns.cluster] if columns.cluster else None
         thoughts = None
         if columns.pieces:
             thoughts = _sentence_thoughts(row, text, columns.pieces, location)
@@ -177,6 +181,7 @@ def _mapped_documents(
             doc_id=str(row[columns.doc_id]) if columns.doc_id else f"{source}:{index}",
             text=text,
             source=source,
+            cluster=None if cluster is None else str(cluster),
             latent=row[columns.latent] if columns.latent else None,
             thoughts=thoughts,
         )
@@ -234,6 +239,7 @@ def _gsm8k_question(row: Mapping[str, Any], index: int, split: str) -> Question:
     return Question(
         question_id=f"gsm8k-{split}-{index:05d}",
         prompt=question,
+        stem=GSM8K_STEM,
         answer=answer,
         latent=derivation,
     )

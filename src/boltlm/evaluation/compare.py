@@ -14,103 +14,103 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from boltlm.errors import UserError
+from boltlm.estep.shard_worker import group_by_chunk
+from boltlm.evaluation.clustered_errors import mean_estimate, ratio_estimate
 from boltlm.evaluation.downstream import TaskAnswer
-from boltlm.evaluation.likelihood import DocumentScore, chunk_bounds, ratio_estimate
+from boltlm.evaluation.likelihood import DocumentScore, chunk_bounds
 from boltlm.evaluation.run import ANSWER_TABLE, LATENT_TABLE, RAW_TABLE
-from boltlm.records import Chunk, Record, Sample, read_table
+from boltlm.records import Sample, read_table
 
-_ChunkKey = tuple[str, int]
 _AnswerKey = tuple[str, str, int]  # metric prefix, question, sample
 _K = TypeVar("_K")
-_R = TypeVar("_R", bound=Record)
 
 
 class PairedDifference(NamedTuple):
-    """A difference of two models, its standard error, and the number of pairs behind it."""
+    """A difference of two models, its standard error, and the numbers of pairs (documents or
+    questions) and of clusters behind it."""
 
     value: float
     standard_error: float
     pairs: int
+    clusters: int
 
 
-def paired_differences(one: Path, other: Path, chunks: Path) -> dict[str, PairedDifference]:
+def paired_differences(one: Path, other: Path, corpus: str) -> dict[str, PairedDifference]:
     """The metrics of the model `one` minus those of `other`, by their names in metrics/eval.
 
-    `one` and `other` are the models' output folders, `chunks` the folder of a held-out corpus.
-    nll_per_token is compared over the documents that both models scored; elbo_per_token, for every
-    power of two up to the number of samples that both have, over the chunks for which both have a
-    finite bound; accuracies over the questions that both answered. Raises UserError where the
-    models have nothing in common.
+    `one` and `other` are the models' output folders, `corpus` is a held-out corpus. Likelihood
+    measures are compared over the documents that both models scored, bounds for every power of two
+    up to the number of samples that both have, accuracies over the questions that both answered.
+    `best_bound_per_token` compares the higher of each model's bounds and likelihood in context,
+    which the brackets name. Raises UserError where the models have nothing in common.
     """
-    corpus = chunks.name
-    differences = {"nll_per_token": _nll_difference(one, other, corpus)}
-    if all((folder / LATENT_TABLE / corpus).is_dir() for folder in (one, other)):
-        differences |= _elbo_differences(one, other, chunks)
+    scores = [_read_scores(folder, corpus) for folder in (one, other)]
+    doc_ids = _common_keys(*scores, kind="documents")
+    rows = [scores[0][doc_id] for doc_id in doc_ids]
+    for row in rows:
+        if row.tokens != (tokens := scores[1][row.doc_id].tokens):
+            raise UserError(
+                f"{one} and {other}: document '{row.doc_id}' has {row.tokens} and {tokens} tokens;"
+                " models with different tokenizers cannot be compared per token"
+            )
+    tokens_D = np.array([row.tokens for row in rows], dtype=float)
+    cluster_D = [row.cluster for row in rows]
+
+    def difference(one_D: np.ndarray, other_D: np.ndarray) -> PairedDifference:
+        value, error, clusters = ratio_estimate(one_D - other_D, tokens_D, cluster_D)
+        return PairedDifference(value, error, len(rows), clusters)
+
+    log_weights = [_log_weights(folder, corpus) for folder in (one, other)]
+    num_samples = min(
+        (log_w_CK.shape[1] for table in log_weights for log_w_CK in table.values()), default=0
+    )
+    bounds = [_bounds(table, doc_ids, num_samples) for table in log_weights]
+    differences: dict[str, PairedDifference] = {}
+    for column in ("nll", "nll_in_context"):
+        values = [np.array([getattr(table[d], column) for d in doc_ids]) for table in scores]
+        differences[f"{column}_per_token"] = difference(*values)
+    for name in (name for name in bounds[0] if name in bounds[1]):
+        differences[name] = difference(bounds[0][name], bounds[1][name])
+    for table, bound in zip(scores, bounds, strict=True):
+        bound["nll_in_context"] = -np.array([table[d].nll_in_context for d in doc_ids])
+    best = [max(bound, key=lambda name, bound=bound: bound[name].sum()) for bound in bounds]
+    name = f"best_bound_per_token [{' − '.join(best)}]"
+    differences[name] = difference(bounds[0][best[0]], bounds[1][best[1]])
     return differences | _accuracy_differences(one, other)
 
 
-def _read_output(folder: Path, table: str, kind: type[_R]) -> list[_R]:
-    if not (folder / table).is_dir():
+def _read_scores(folder: Path, corpus: str) -> dict[str, DocumentScore]:
+    table = folder / RAW_TABLE / corpus
+    if not table.is_dir():
         raise UserError(
-            f"{folder}: it has no table '{table}'; add the corpus to evaluate.corpus or"
-            f" evaluate.extra_corpora and run dvc repro evaluate@{folder.name}"
+            f"{folder}: it has no table '{RAW_TABLE}/{corpus}'; add the corpus to evaluate.corpus"
+            f" or evaluate.extra_corpora and run dvc repro evaluate@{folder.name}"
         )
-    return list(read_table(folder / table, kind))
+    return {row.doc_id: row for row in read_table(table, DocumentScore)}
 
 
-def _nll_difference(one: Path, other: Path, corpus: str) -> PairedDifference:
-    table = f"{RAW_TABLE}/{corpus}"
-    scores, other_scores = (
-        {row.doc_id: row for row in _read_output(folder, table, DocumentScore)}
-        for folder in (one, other)
-    )
-    doc_ids = _common_keys(scores, other_scores, kind="documents")
-    for doc_id in doc_ids:
-        if scores[doc_id].tokens != other_scores[doc_id].tokens:
-            raise UserError(
-                f"{one} and {other}: document '{doc_id}' has {scores[doc_id].tokens} and"
-                f" {other_scores[doc_id].tokens} tokens; models with different tokenizers cannot"
-                " be compared per token"
-            )
-    nll_D = np.array([scores[doc_id].nll - other_scores[doc_id].nll for doc_id in doc_ids])
-    tokens_D = np.array([scores[doc_id].tokens for doc_id in doc_ids], dtype=float)
-    return PairedDifference(*ratio_estimate(nll_D, tokens_D), len(doc_ids))
+def _log_weights(folder: Path, corpus: str) -> dict[str, np.ndarray]:
+    """log w of the samples of each document's chunks, shape (C, K); empty for a model without
+    latents."""
+    weights: dict[str, list[list[float]]] = {}
+    table = folder / LATENT_TABLE / corpus
+    for group in group_by_chunk(read_table(table, Sample) if table.is_dir() else ()):
+        weights.setdefault(group[0].doc_id, []).append([sample.log_weight for sample in group])
+    return {doc_id: np.array(log_w_CK) for doc_id, log_w_CK in weights.items()}
 
 
-def _elbo_differences(one: Path, other: Path, chunks: Path) -> dict[str, PairedDifference]:
-    """Differences of eq. (7), with the standard error of eq. (9) over documents: the chunks of a
-    document are not independent."""
-    lengths = {
-        (chunk.doc_id, chunk.chunk): len(chunk.tokens) for chunk in read_table(chunks, Chunk)
+def _bounds(
+    log_weights: Mapping[str, np.ndarray], doc_ids: Sequence[str], num_samples: int
+) -> dict[str, np.ndarray]:
+    """The bound of each document, the sum over its chunks in nats, for every power of two up to
+    `num_samples`; empty for a model without latents."""
+    sizes = [2**power for power in range(num_samples.bit_length())] if log_weights else []
+    return {
+        f"elbo_per_token_k{size}": np.array(
+            [chunk_bounds(log_weights[d][:, :num_samples], size).sum() for d in doc_ids]
+        )
+        for size in sizes
     }
-    weights, other_weights = (_log_weights(folder, chunks.name) for folder in (one, other))
-    keys = _common_keys(weights, other_weights, lengths, kind="chunks")
-    num_samples = min(len(table[key]) for table in (weights, other_weights) for key in keys)
-    log_w_CK, other_log_w_CK = (
-        np.array([table[key][:num_samples] for key in keys]) for table in (weights, other_weights)
-    )
-    doc_ids, document_C = np.unique([doc_id for doc_id, _ in keys], return_inverse=True)
-    length_C = np.array([lengths[key] for key in keys], dtype=float)
-    differences: dict[str, PairedDifference] = {}
-    for size in (2**power for power in range(num_samples.bit_length())):
-        bound_C, finite_fraction_C = chunk_bounds(log_w_CK, size)
-        other_bound_C, other_finite_fraction_C = chunk_bounds(other_log_w_CK, size)
-        has_both_C = (finite_fraction_C > 0) & (other_finite_fraction_C > 0)
-        difference_C = np.where(has_both_C, bound_C - other_bound_C, 0.0)
-        difference_D = np.bincount(document_C, difference_C, len(doc_ids))
-        length_D = np.bincount(document_C, np.where(has_both_C, length_C, 0.0), len(doc_ids))
-        differences[f"elbo_per_token_k{size}"] = PairedDifference(
-            *ratio_estimate(difference_D, length_D), int(has_both_C.sum())
-        )
-    return differences
-
-
-def _log_weights(folder: Path, corpus: str) -> dict[_ChunkKey, list[float]]:
-    """log w of the samples of each chunk."""
-    weights: dict[_ChunkKey, list[float]] = {}
-    for sample in _read_output(folder, f"{LATENT_TABLE}/{corpus}", Sample):
-        weights.setdefault((sample.doc_id, sample.chunk), []).append(sample.log_weight)
-    return weights
 
 
 def _read_answers(folder: Path) -> dict[_AnswerKey, TaskAnswer]:
@@ -121,21 +121,21 @@ def _read_answers(folder: Path) -> dict[_AnswerKey, TaskAnswer]:
 
 
 def _accuracy_differences(one: Path, other: Path) -> dict[str, PairedDifference]:
-    """Differences of accuracies, with standard errors over questions."""
+    """Differences of accuracies, means over questions."""
     answers, other_answers = _read_answers(one), _read_answers(other)
     differences: dict[str, PairedDifference] = {}
     for prefix in dict.fromkeys(prefix for prefix, _, _ in answers):
         by_question: dict[str, list[float]] = {}
-        for key in answers:
+        cluster_of: dict[str, str] = {}
+        for key, answer in answers.items():
             if key[0] == prefix and key in other_answers:
-                difference = float(answers[key].correct) - other_answers[key].correct
-                by_question.setdefault(key[1], []).append(difference)
-        means = np.array([np.mean(samples) for samples in by_question.values()])
-        if len(means) > 1:
-            error = float(means.std(ddof=1) / np.sqrt(len(means)))
-            differences[f"{prefix}/accuracy"] = PairedDifference(
-                float(means.mean()), error, len(means)
-            )
+                difference = float(answer.correct) - other_answers[key].correct
+                by_question.setdefault(answer.question_id, []).append(difference)
+                cluster_of[answer.question_id] = answer.cluster
+        if by_question:
+            means = np.array([np.mean(samples) for samples in by_question.values()])
+            value, error, clusters = mean_estimate(means, list(cluster_of.values()))
+            differences[f"{prefix}/accuracy"] = PairedDifference(value, error, len(means), clusters)
     return differences
 
 
@@ -156,12 +156,9 @@ def disagreements(one: Path, other: Path) -> list[tuple[TaskAnswer, TaskAnswer]]
 
 def format_comparison(one: Path, other: Path, differences: Mapping[str, PairedDifference]) -> str:
     """The paired differences as text, one per line."""
-    lines = [f"{one.name} − {other.name}"]
-    for name, difference in differences.items():
-        lines.append(
-            f"{name:<34} {difference.value:+.4f} ± {difference.standard_error:.4f}"
-            f"  ({difference.pairs} pairs)"
-        )
+    lines = [f"{one.name} − {other.name} ± standard error"]
+    for name, (value, error, pairs, clusters) in differences.items():
+        lines.append(f"{name:<40} {value:+.4f} ± {error:.4f}  ({pairs} pairs, {clusters} clusters)")
     return "\n".join(lines)
 
 

@@ -13,20 +13,32 @@ from boltlm.sequences.layouts import SequenceFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LargeKConfig:
+    """A tighter bound, with `k_samples` latents per chunk, on the first `documents` documents of
+    the held-out corpus."""
+
+    k_samples: PositiveInt
+    documents: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """Params section `evaluate`.
 
     `corpus` and `extra_corpora` are the held-out corpora. `k_samples` lists each K whose bound is
-    reported; the largest of them is the number of latents sampled per chunk. `tasks` lists task
-    specifications (see TaskSpec). `batch_size` is the number of prompts in a batch, and `limit`
-    restricts every task to its first questions (null: all). The thought and the answer after it
-    have length limits in tokens.
+    reported; the largest of them is the number of latents sampled per chunk. `large_k` asks for one
+    more bound (null: none). `tasks` lists task specifications (see TaskSpec), and `cues` the texts
+    that follow a question in the space `cot`. `batch_size` is the number of prompts in a batch, and
+    `limit` restricts every task to its first questions (null: all). The thought and the answer
+    after it have length limits in tokens.
     """
 
     corpus: Annotated[str, EntryName("corpora")]
     extra_corpora: tuple[Annotated[str, EntryName("corpora")], ...]
     k_samples: tuple[PositiveInt, ...]
+    large_k: LargeKConfig | None
     tasks: tuple[str, ...]
+    cues: tuple[str, ...]
     backend: Backend
     batch_size: PositiveInt
     max_thought_tokens: PositiveInt
@@ -36,16 +48,23 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.k_samples:
             raise UserError("k_samples must list one number or more, found none")
+        if self.large_k and self.large_k.k_samples <= max(self.k_samples):
+            raise UserError(
+                f"large_k.k_samples must be above those of k_samples ({max(self.k_samples)}), found"
+                f" {self.large_k.k_samples}"
+            )
+        if not self.cues:
+            raise UserError('cues must list one text or more, found none; "" is no cue')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSettings(DrawSettings):
-    """Settings of the stage `evaluate` for the model `name`."""
+class BaseEvaluateSettings(DrawSettings):
+    """Settings of the stage `evaluate_base`: the evaluation of the model `base`, which was trained
+    on raw text only."""
 
     name: str
     evaluate: EvaluateConfig
     benchmarks: Mapping[BenchmarkName, str]
-    format: SequenceFormat = from_key("models.{name}.format")
 
     def __post_init__(self) -> None:
         for task in self.evaluate.tasks:
@@ -54,10 +73,23 @@ class EvaluateSettings(DrawSettings):
     @property
     def has_latents(self) -> bool:
         """Whether the model was trained to write latents."""
-        return self.format == "latent"
+        return False
 
     @property
     def task_specs(self) -> tuple[TaskSpec, ...]:
-        """The tasks that this model can be evaluated on: raw space only, if it has no latents."""
+        """The tasks that this model can be evaluated on: not in latent space, if it has no
+        latents."""
         specs = map(TaskSpec.parse, self.evaluate.tasks)
-        return tuple(spec for spec in specs if self.has_latents or spec.space == "raw")
+        return tuple(spec for spec in specs if self.has_latents or spec.space != "latent")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateSettings(BaseEvaluateSettings):
+    """Settings of the stage `evaluate` for the model `name`, an entry of `models`."""
+
+    format: SequenceFormat = from_key("models.{name}.format")
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the model was trained to write latents."""
+        return self.format == "latent"

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from boltlm.evaluation.clustered_errors import RatioEstimate, mean_estimate
 from boltlm.evaluation.grading import GRADERS
 from boltlm.evaluation.task_spec import TaskSpec
 from boltlm.evaluation.tasks.loading import grade_completion, split_completion
@@ -23,7 +24,9 @@ TASK_DIR = Path(__file__).with_name("tasks")
 class TaskAnswer:
     """A model's completion for a question, and the verdict of one grader.
 
-    `thought` is the text before EoL in latent space, None in raw space. `shots` is the number of
+    `thought` is the text before EoL in latent space, that before the answer in the space `cot`,
+    and None in raw space. `cluster` names what makes questions dependent, `cue` is the position in
+    `evaluate.cues` from 1 (space `cot`; 0 elsewhere). `shots` is the number of
     few-shot examples in the prompt, or −1 where not even the question fits into the context window,
     in which case the model is not asked. `lost_shots` counts the examples that did not fit.
     """
@@ -35,6 +38,8 @@ class TaskAnswer:
             "space": pa.string(),
             "subject": pa.string(),
             "question_id": pa.string(),
+            "cluster": pa.string(),
+            "cue": pa.int32(),
             "sample": pa.int32(),
             "shots": pa.int32(),
             "lost_shots": pa.int32(),
@@ -52,6 +57,8 @@ class TaskAnswer:
     space: str
     subject: str
     question_id: str
+    cluster: str
+    cue: int
     sample: int
     shots: int
     lost_shots: int
@@ -64,11 +71,17 @@ class TaskAnswer:
     correct: bool
 
     @property
+    def spec_name(self) -> str:
+        """The task specification, `<task>/<prompt set>/<thought space>`."""
+        return f"{self.task}/{self.prompts}/{self.space}"
+
+    @property
     def metric_prefix(self) -> str:
-        """The prefix of the metrics that the answer counts for: the task specification, followed by
-        the grader unless it is the task's first one."""
-        prefix = f"{self.task}/{self.prompts}/{self.space}"
-        return prefix if self.grader == GRADERS[self.task][0] else f"{prefix}/{self.grader}"
+        """The prefix of the accuracy that the answer counts for: the task specification, followed
+        by `cue<position>` if it has cues, and by the grader unless it is the task's first one."""
+        cue = f"/cue{self.cue}" if self.cue else ""
+        grader = "" if self.grader == GRADERS[self.task][0] else f"/{self.grader}"
+        return f"{self.spec_name}{cue}{grader}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +109,8 @@ class TaskOptions:
 
     `data_path` is a file, a folder of questions or a hub name, and `split` that of the hub's data
     set. `tokenizer` is the model's folder, `max_answer_tokens` the length limit of a completion.
-    `no_latent` is described at `render_prompt`; `zero_shot` leaves out the few-shot examples;
-    `limit` restricts the task to its first questions (None: all).
+    `no_latent`, `zero_shot` and `cues` are described at `load_docs`; `limit` restricts the task to
+    its first questions (None: all).
     """
 
     data_path: str
@@ -107,6 +120,7 @@ class TaskOptions:
     decoding: DecodingConfig = DecodingConfig()
     no_latent: bool = False
     zero_shot: bool = False
+    cues: tuple[str, ...] = ("",)
     limit: int | None = None
 
 
@@ -134,6 +148,7 @@ def load_task(spec: TaskSpec, options: TaskOptions) -> Any:
         "samples": options.decoding.samples,
         "no_latent": options.no_latent,
         "zero_shot": options.zero_shot,
+        "cues": list(options.cues),
         "limit": options.limit,
     }
     manager = TaskManager(
@@ -157,12 +172,14 @@ def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
             space=spec.space,
             subject=doc["subject"],
             question_id=doc["id"],
+            cluster=doc["cluster"],
+            cue=doc["cue"],
             sample=doc["sample"],
             shots=doc["shots"],
             lost_shots=doc["lost_shots"],
             prompt=doc["prompt"],
             completion=completion,
-            thought=split_completion(completion, spec.space)[0],
+            thought=split_completion(completion, spec.space, doc["gold"])[0],
             gold=doc["gold"],
             grader=grader,
             extracted=verdict.extracted,
@@ -171,23 +188,32 @@ def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
 
 
 def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
-    """The metrics of one task: the accuracy by each grader with its standard error over questions,
-    and what was lost.
+    """The metrics of one task: the accuracy by each grader with its standard error, the numbers of
+    questions and of their clusters, and what was lost.
 
-    Per prompt: `shots`, the mean number of few-shot examples; `lost_shots_fraction`, the fraction
-    of prompts with fewer examples than the task has; `unasked_fraction`, the fraction of questions
-    that do not fit into the context window and count as wrong; `invalid_fraction`, the fraction of
-    thoughts without EoL. Lost examples and questions are also reported on standard error, after
-    `label`.
+    A task with cues has an accuracy for each, and the best of these is its own; `best_cue` is the
+    position of that cue. Per prompt: `shots`, the mean number of few-shot examples;
+    `lost_shots_fraction`, the fraction of prompts with fewer examples than the task has;
+    `unasked_fraction`, the fraction of questions that do not fit into the context window and count
+    as wrong; `invalid_fraction`, the fraction of thoughts without EoL. Lost examples and questions
+    are also reported on standard error, after `label`.
     """
     metrics: dict[str, float] = {}
-    for name in dict.fromkeys(answer.metric_prefix for answer in answers):
-        graded = [answer for answer in answers if answer.metric_prefix == name]
-        metrics[f"{name}/accuracy"], metrics[f"{name}/accuracy_se"] = mean_accuracy(graded)
-    name = next(iter(metrics)).removesuffix("/accuracy")
+    for prefix in dict.fromkeys(answer.metric_prefix for answer in answers):
+        graded = [answer for answer in answers if answer.metric_prefix == prefix]
+        accuracy = mean_accuracy(graded)
+        metrics[f"{prefix}/accuracy"] = accuracy.value
+        metrics[f"{prefix}/accuracy_se"] = accuracy.standard_error
+    name = answers[0].spec_name
+    if cues := dict.fromkeys(answer.cue for answer in answers if answer.cue):
+        best = max(cues, key=lambda cue: metrics[f"{name}/cue{cue}/accuracy"])
+        metrics[f"{name}/best_cue"] = best
+        for metric in ("accuracy", "accuracy_se"):
+            metrics[f"{name}/{metric}"] = metrics[f"{name}/cue{best}/{metric}"]
     # Each completion once, not once for each grader.
     completions = [answer for answer in answers if answer.grader == answers[0].grader]
     metrics[f"{name}/questions"] = len({answer.question_id for answer in completions})
+    metrics[f"{name}/clusters"] = len({answer.cluster for answer in completions})
     if any(answer.shots + answer.lost_shots > 0 for answer in completions):
         num_lost = sum(answer.lost_shots > 0 for answer in completions)
         metrics[f"{name}/shots"] = float(np.mean([max(answer.shots, 0) for answer in completions]))
@@ -213,13 +239,11 @@ def _warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def mean_accuracy(answers: Sequence[TaskAnswer]) -> tuple[float, float]:
-    """The mean over questions of the fraction of correct samples, and its standard error over
-    questions (NaN for a single one)."""
+def mean_accuracy(answers: Sequence[TaskAnswer]) -> RatioEstimate:
+    """The mean over questions of the fraction of correct samples, with the error of eq. (9)."""
     verdicts_by_question: dict[str, list[bool]] = {}
     for answer in answers:
         verdicts_by_question.setdefault(answer.question_id, []).append(answer.correct)
     fractions = np.array([np.mean(verdicts) for verdicts in verdicts_by_question.values()])
-    if len(fractions) < 2:
-        return float(fractions.mean()), float("nan")
-    return float(fractions.mean()), float(fractions.std(ddof=1) / np.sqrt(len(fractions)))
+    clusters = {answer.question_id: answer.cluster for answer in answers}
+    return mean_estimate(fractions, [clusters[question] for question in verdicts_by_question])

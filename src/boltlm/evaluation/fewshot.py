@@ -173,24 +173,24 @@ def render_prompt(
     examples: Sequence[FewShotExample],
     question: str,
     space: ThoughtSpace,
-    no_latent: bool = False,
+    ending: str = "",
 ) -> str:
-    """One prompt, without BOS. `no_latent`: in raw space, without a cue of the task, the prompt
-    ends with SoL EoL, which tells a model with latents that none follows."""
+    """One prompt, without BOS. `ending` follows the question, except in latent space and where the
+    task has a cue of its own."""
     text = description
     for example in examples:
         text += f"{form.question_prefix}{example.question}{form.question_suffix}"
-        if space == "raw":
-            text += f" {example.target}\n\n"
-        else:
+        if space == "latent":
             thought, answer = example.split_target(form)
             text += f"{render_latent(thought)} {answer}\n\n"
+        else:
+            text += f" {example.target}\n\n"
     text += f"{form.question_prefix}{question}{form.question_suffix}"
     if space == "latent":
         return text + LATENT_START
     if form.cot_cue:
         return f"{text} {form.cot_cue}"
-    return text + EMPTY_LATENT if no_latent else text
+    return text + ending
 
 
 def render_latent(thought: str) -> str:
@@ -219,13 +219,13 @@ def fit_prompt(
     examples: Sequence[FewShotExample],
     question: str,
     space: ThoughtSpace,
-    no_latent: bool = False,
+    ending: str = "",
 ) -> tuple[str, int]:
     """The prompt with as many examples as fit into `token_budget` tokens, BOS included, and their
     number. The first examples are dropped first. If the question alone does not fit, the prompt is
     empty and the number −1."""
     for first in range(len(examples) + 1):
-        prompt = render_prompt(form, description, examples[first:], question, space, no_latent)
+        prompt = render_prompt(form, description, examples[first:], question, space, ending)
         if len(encode_prompt(coder, prompt)) < token_budget:  # one token is for BOS
             return prompt, len(examples) - first
     return "", -1

@@ -17,6 +17,7 @@ import numpy as np
 from boltlm import checkpoint
 from boltlm.errors import UserError
 from boltlm.estep.scoring import token_log_probs
+from boltlm.evaluation.clustered_errors import mean_estimate
 from boltlm.evaluation.downstream import (
     TASK_DIR,
     DecodingConfig,
@@ -253,7 +254,7 @@ def accuracy_over_seeds(tables: Sequence[Sequence[TaskAnswer]], name: str) -> di
     standard errors.
 
     `tables` holds the answers of each seed, `name` is the prefix of the metrics. The errors are
-    over questions (`accuracy_se`), over samples of the same questions and trainings
+    over clusters of questions (`accuracy_se`), over samples of the same questions and trainings
     (`accuracy_se_samples`), and over trainings (`accuracy_se_seeds`); see docs/method.md, 6.3.
     """
     grader = tables[0][0].grader
@@ -265,11 +266,13 @@ def accuracy_over_seeds(tables: Sequence[Sequence[TaskAnswer]], name: str) -> di
                 correct = correct_by_question.setdefault(answer.question_id, [])
                 correct.append(float(answer.correct))
         correct_by_seed.append(correct_by_question)
+    clusters = {answer.question_id: answer.cluster for answer in tables[0]}
     correct_SQN = np.array([list(questions.values()) for questions in correct_by_seed])
+    accuracy = mean_estimate(correct_SQN.mean((0, 2)), list(clusters.values()))
     num_seeds, num_questions, num_samples = correct_SQN.shape
     metrics = {
-        f"{name}/accuracy": float(correct_SQN.mean()),
-        f"{name}/accuracy_se": _standard_error(correct_SQN.mean((0, 2))),
+        f"{name}/accuracy": accuracy.value,
+        f"{name}/accuracy_se": accuracy.standard_error,
         f"{name}/accuracy_se_seeds": _standard_error(correct_SQN.mean((1, 2))),
     }
     if num_samples > 1:
@@ -277,7 +280,7 @@ def accuracy_over_seeds(tables: Sequence[Sequence[TaskAnswer]], name: str) -> di
         metrics[f"{name}/accuracy_se_samples"] = float(
             np.sqrt(variance_SQ.sum()) / (num_seeds * num_questions)
         )
-    metrics[f"{name}/questions"] = num_questions
+    metrics |= {f"{name}/questions": num_questions, f"{name}/clusters": accuracy.clusters}
     return metrics | {"samples": num_samples, "seeds": num_seeds}
 
 

@@ -66,6 +66,11 @@ class FinetuneSettings:
         if self.temperature < 0:
             raise UserError(f"finetune.temperature must be 0 or more, found {self.temperature}")
         require_benchmark(f"finetune.runs.{self.name}.task", self.run.task, self.benchmarks)
+        if self.task_spec.name == "questions/standard/raw":
+            raise UserError(
+                f"finetune.runs.{self.name}.space is 'raw', which for 'questions' means without a"
+                " thought; use 'cot' for a thought in plain text"
+            )
 
     @property
     def task_spec(self) -> TaskSpec:

@@ -19,10 +19,8 @@ from functools import lru_cache
 
 from math_verify import parse, verify
 
-from boltlm.corpus.chunks import split_sentences
-
-# A sign belongs to the number unless a digit precedes it; commas group thousands.
-_NUMBER = re.compile(r"(?:(?<![\d.])[-−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+# Commas group thousands.
+_NUMBER = r"[-−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 # As in lm-eval, where the last full stop of `strict` also matches any character.
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
@@ -44,7 +42,7 @@ def grade(task: str, answer: str | None, gold: str) -> dict[str, Verdict]:
 
     `answer` is the text that the model wrote as its answer; None and the empty text are never
     correct. `gold` is GSM8K's complete `answer`, MATH's complete `solution`, MMLU's letter, or the
-    number that answers one of the corpus's own questions.
+    sentence that answers one of the corpus's own questions.
 
     To be called in the main thread: math_verify limits its time by SIGALRM (5 s for each of its
     steps), raises ValueError in any other thread, and cancels an alarm that was set before.
@@ -55,11 +53,12 @@ def grade(task: str, answer: str | None, gold: str) -> dict[str, Verdict]:
     }
 
 
-def last_number(text: str) -> str | None:
-    """The last number of the first sentence of `text`, or None."""
-    first = next(iter(split_sentences(text.strip())), "")
-    numbers = _NUMBER.findall(first)
-    return numbers[-1] if numbers else None
+def find_statement(text: str, gold: str) -> re.Match[str] | None:
+    """The first sentence of the form of `gold` in `text`; its group 1 is the number. `gold` is
+    "<stem> <number>.", such as "It stops at 4."; a digit after the full stop is part of the number.
+    """
+    stem = re.escape(gold.rpartition(" ")[0])
+    return re.search(rf"{stem} ({_NUMBER})\.(?!\d)", text)
 
 
 def same_number(number: str | None, gold: str) -> bool:
@@ -77,8 +76,11 @@ def _decimal(text: str) -> Decimal:
 
 
 def _grade_question(answer: str, gold: str) -> Verdict:
-    number = last_number(answer)
-    return Verdict(number, same_number(number, gold))
+    """The answer must begin with the statement; whatever follows it does not matter."""
+    statement, expected = find_statement(answer, gold), find_statement(gold, gold)
+    if statement is None or answer[: statement.start()].strip() or expected is None:
+        return Verdict(None, False)
+    return Verdict(statement[1], same_number(statement[1], expected[1]))
 
 
 def _grade_gsm8k_flexible(answer: str, gold: str) -> Verdict:

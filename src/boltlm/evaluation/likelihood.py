@@ -1,7 +1,7 @@
 """Likelihood measures of a model on held-out text (docs/method.md, section 5).
 
 Letters as in docs/method.md: X chunk, C context, Z latent, q proposal, p model, w weight, K samples
-per chunk. Everything is in nats and pooled over documents; standard errors are over documents.
+per chunk. Everything is in nats and pooled; standard errors are cluster-robust.
 
 Shapes: C chunks of a corpus, D documents, K samples of a chunk, G groups of samples of a chunk.
 """
@@ -14,118 +14,132 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel
 
+from boltlm.estep.config import DrawSettings
+from boltlm.estep.estep import ChunkInContext, chunks_in_context
 from boltlm.estep.importance import iwae_bound
 from boltlm.estep.scoring import token_log_probs
-from boltlm.records import Chunk, Sample
-from boltlm.tokens import SpecialTokens
-
-
-def ratio_estimate(numerators_D: np.ndarray, denominators_D: np.ndarray) -> tuple[float, float]:
-    """The pooled ratio R = Σ a / Σ b over documents, and its standard error, eq. (9).
-
-    Eq. (9), the delta method: SE² = D / (D − 1) · Σ (a − R b)² / (Σ b)². Both are NaN where Σ b is
-    0, and the standard error is NaN for a single document.
-    """
-    if denominators_D.sum() == 0:
-        return float("nan"), float("nan")
-    ratio = numerators_D.sum() / denominators_D.sum()
-    count = len(numerators_D)
-    if count < 2:
-        return float(ratio), float("nan")
-    residuals_D = numerators_D - ratio * denominators_D
-    variance = count / (count - 1) * (residuals_D**2).sum()
-    return float(ratio), float(np.sqrt(variance) / denominators_D.sum())
+from boltlm.estep.shard_worker import context_token_budget
+from boltlm.evaluation.clustered_errors import RatioEstimate, mean_estimate, ratio_estimate
+from boltlm.records import Chunk, Document, Sample
+from boltlm.sequences import layouts
+from boltlm.tokens import SpecialTokens, TextCoder
 
 
 def elbo_metrics(
-    groups: Sequence[Sequence[Sample]], chunk_lengths: Sequence[int], sizes: Sequence[int]
+    groups: Sequence[Sequence[Sample]],
+    chunk_lengths: Sequence[int],
+    sizes: Sequence[int],
+    clusters: Mapping[str, str],
 ) -> dict[str, float]:
     """ELBO per token of text for each K in `sizes`, eq. (7), and its three terms, eq. (8).
 
-    `groups` holds the samples of each chunk, `chunk_lengths` the chunks' lengths in tokens. Chunks
-    without a finite bound enter neither sum of the ratio; `elbo_failed_fraction_k<K>` is the
-    fraction of groups of K samples whose bound is −∞ because all of their draws are invalid.
+    `groups` holds the samples of each chunk, `chunk_lengths` the chunks' lengths in tokens,
+    `clusters` the cluster of each document.
     """
-    doc_ids, document_C = np.unique([group[0].doc_id for group in groups], return_inverse=True)
     log_w_CK = np.array([[sample.log_weight for sample in group] for group in groups])
     lengths_C = np.asarray(chunk_lengths, dtype=float)
+    cluster_C = [clusters[group[0].doc_id] for group in groups]
     metrics: dict[str, float] = {}
     for size in sizes:
-        bound_C, finite_fraction_C = chunk_bounds(log_w_CK, size)
-        is_finite_C = finite_fraction_C > 0
-        bound_D = np.bincount(document_C, np.where(is_finite_C, bound_C, 0.0), len(doc_ids))
-        length_D = np.bincount(document_C, np.where(is_finite_C, lengths_C, 0.0), len(doc_ids))
-        name = f"elbo_per_token_k{size}"
-        metrics[name], metrics[f"{name}_se"] = ratio_estimate(bound_D, length_D)
-        metrics[f"elbo_failed_fraction_k{size}"] = float(1 - finite_fraction_C.mean())
-    name = f"elbo_per_token_k{max(sizes)}"
-    metrics["elbo_per_token"], metrics["elbo_per_token_se"] = metrics[name], metrics[f"{name}_se"]
-    return metrics | _elbo_terms(groups, document_C, len(doc_ids))
-
-
-def chunk_bounds(log_w_CK: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bound of eq. (6), IWAE_K with K = `size`, for each chunk.
-
-    A chunk with more samples than K has several disjoint groups of K. Returns, both of shape (C,),
-    the mean of the chunk's finite bounds in nats (0 where none is finite), and the fraction of its
-    groups whose bound is finite.
-    """
-    used_samples = log_w_CK.shape[1] // size * size
-    bound_CG = iwae_bound(log_w_CK[:, :used_samples].reshape(len(log_w_CK), -1, size))
-    finite_CG = np.isfinite(bound_CG)
-    mean_C = np.where(finite_CG, bound_CG, 0.0).sum(1) / np.maximum(finite_CG.sum(1), 1)
-    return mean_C, finite_CG.mean(1)
-
-
-def _elbo_terms(
-    groups: Sequence[Sequence[Sample]], document_C: np.ndarray, num_documents: int
-) -> dict[str, float]:
-    """Eq. (8): utility E_q[log p(X | C, Z)], simplicity E_q[log p(Z | C)] and diversity
-    E_q[−log q(Z | C, X)], in nats per chunk, over the valid draws."""
-    valid = [[sample for sample in group if sample.finish == "stop"] for group in groups]
-    has_latent_C = np.array([bool(group) for group in valid])
-    documents = document_C[has_latent_C]
-    count_D = np.bincount(documents, minlength=num_documents).astype(float)
-    metrics: dict[str, float] = {}
+        bound_C = chunk_bounds(log_w_CK, size)
+        estimate = ratio_estimate(bound_C, lengths_C, cluster_C)
+        metrics |= _with_error(f"elbo_per_token_k{size}", estimate)
+        if size == max(sizes):
+            metrics |= _with_error("elbo_per_token", estimate)
     for name, column, sign in (
         ("utility", "log_p_text", 1),
         ("simplicity", "log_p_latent", 1),
         ("diversity", "log_q", -1),
     ):
-        means = [sign * np.mean([getattr(s, column) for s in group]) for group in valid if group]
-        sum_D = np.bincount(documents, means, num_documents)
-        metrics[name], metrics[f"{name}_se"] = ratio_estimate(sum_D, count_D)
+        mean_C = np.array([sign * np.mean([getattr(s, column) for s in group]) for group in groups])
+        metrics |= _with_error(name, mean_estimate(mean_C, cluster_C))
     return metrics
+
+
+def chunk_bounds(log_w_CK: np.ndarray, size: int) -> np.ndarray:
+    """The bound of eq. (6), IWAE_K with K = `size`, for each chunk, shape (C,), in nats. A chunk
+    with more samples than K has several disjoint groups of K, whose mean it gets."""
+    used_samples = log_w_CK.shape[1] // size * size
+    return iwae_bound(log_w_CK[:, :used_samples].reshape(len(log_w_CK), -1, size)).mean(1)
+
+
+def _with_error(name: str, estimate: RatioEstimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_se": estimate.standard_error}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentScore:
-    """A held-out document: its length in tokens, and −log p of its raw text after BOS in nats."""
+    """A held-out document: its cluster, its length in tokens, and two negative log-likelihoods in
+    nats: `nll` of the raw text after BOS, eq. (10), and `nll_in_context`, the sum over its chunks
+    of −log p(X | C) without a latent, eq. (13)."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
-        {"doc_id": pa.string(), "tokens": pa.int64(), "nll": pa.float64()}
+        {
+            "doc_id": pa.string(),
+            "cluster": pa.string(),
+            "tokens": pa.int64(),
+            "nll": pa.float64(),
+            "nll_in_context": pa.float64(),
+        }
     )
     doc_id: str
+    cluster: str
     tokens: int
     nll: float
+    nll_in_context: float
 
 
 def nll_metrics(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """Eq. (10): −log p of the raw documents per token, pooled. EOS does not belong to a text."""
-    nll_D = np.array([score.nll for score in scores])
+    """Eqs. (10) and (13), pooled, and what they were measured on."""
     tokens_D = np.array([score.tokens for score in scores], dtype=float)
-    ratio, error = ratio_estimate(nll_D, tokens_D)
-    return {"nll_per_token": ratio, "nll_per_token_se": error}
+    cluster_D = [score.cluster for score in scores]
+    metrics: dict[str, float] = {}
+    for column in ("nll", "nll_in_context"):
+        nll_D = np.array([getattr(score, column) for score in scores])
+        metrics |= _with_error(f"{column}_per_token", ratio_estimate(nll_D, tokens_D, cluster_D))
+    counts = {"documents": len(scores), "tokens": int(tokens_D.sum())}
+    counts["clusters"] = len(set(cluster_D))
+    return metrics | {f"heldout_{name}": count for name, count in counts.items()}
 
 
 def score_documents(
+    model: PreTrainedModel,
+    coder: TextCoder,
+    settings: DrawSettings,
+    documents: Sequence[Document],
+    chunks: Sequence[Chunk],
+    *,
+    has_latents: bool,
+) -> list[DocumentScore]:
+    """The scores of documents, of which `chunks` are the chunks in the same order. `has_latents`:
+    see `chunk_nlls`."""
+    special, batch_tokens = coder.special_tokens, settings.sampling.batch_tokens
+    texts = join_chunks(chunks)
+    token_budget = context_token_budget(coder, settings.max_latent_tokens)
+    with_context = chunks_in_context(chunks, settings.context_chunks, token_budget)
+    nlls = document_nlls(model, special, texts, coder.context_length, batch_tokens)
+    in_context = chunk_nlls(model, special, with_context, has_latents, batch_tokens)
+    return [
+        DocumentScore(
+            doc_id=document.doc_id,
+            cluster=document.cluster or document.doc_id,
+            tokens=len(texts[document.doc_id]),
+            nll=nlls[document.doc_id],
+            nll_in_context=in_context[document.doc_id],
+        )
+        for document in documents
+    ]
+
+
+def document_nlls(
     model: PreTrainedModel,
     special_tokens: SpecialTokens,
     documents: Mapping[str, Sequence[int]],
     context_length: int,
     batch_tokens: int,
-) -> list[DocumentScore]:
-    """−log p of each document's raw text, the numerator of eq. (10), by document id.
+) -> dict[str, float]:
+    """−log p of each document's raw text, the numerator of eq. (10), by document id. EOS does not
+    belong to a text.
 
     A document that does not fit into the context window of `context_length` tokens is scored in
     consecutive windows, each of which is conditioned on the token before it.
@@ -142,10 +156,29 @@ def score_documents(
     nll_D = np.bincount(
         document_indices, [-window[0].sum() for window in log_probs], len(documents)
     )
-    return [
-        DocumentScore(doc_id=doc_id, tokens=len(tokens), nll=float(nll))
-        for (doc_id, tokens), nll in zip(documents.items(), nll_D, strict=True)
+    return dict(zip(documents, nll_D.tolist(), strict=True))
+
+
+def chunk_nlls(
+    model: PreTrainedModel,
+    special_tokens: SpecialTokens,
+    chunks: Sequence[ChunkInContext],
+    has_latents: bool,
+    batch_tokens: int,
+) -> dict[str, float]:
+    """−log p(X | C) without a latent, eq. (13), summed over the chunks of each document, by its id:
+    after the empty pair of latent marks where the model was trained with it (`has_latents`)."""
+    prefixes = [
+        layouts.no_latent_prompt(special_tokens, chunk.context)
+        if has_latents
+        else [special_tokens.bos, *chunk.context]
+        for chunk in chunks
     ]
+    log_probs = token_log_probs(model, prefixes, [[chunk.text] for chunk in chunks], batch_tokens)
+    nlls = dict.fromkeys((chunk.doc_id for chunk in chunks), 0.0)
+    for chunk, (log_probs_L,) in zip(chunks, log_probs, strict=True):
+        nlls[chunk.doc_id] -= float(log_probs_L.sum())
+    return nlls
 
 
 def join_chunks(chunks: Sequence[Chunk]) -> dict[str, list[int]]:

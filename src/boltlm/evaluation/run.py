@@ -16,7 +16,7 @@ from boltlm.estep.diagnostics import WeightDiagnostics
 from boltlm.estep.run import draw_latents
 from boltlm.estep.shard_worker import group_by_chunk
 from boltlm.evaluation import downstream, fewshot, likelihood
-from boltlm.evaluation.config import EvaluateSettings
+from boltlm.evaluation.config import BaseEvaluateSettings, LargeKConfig
 from boltlm.evaluation.downstream import TaskAnswer, TaskOptions
 from boltlm.evaluation.likelihood import DocumentScore
 from boltlm.evaluation.task_runner import TaskRunner, task_data
@@ -24,6 +24,7 @@ from boltlm.evaluation.task_spec import TaskSpec
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import (
     Chunk,
+    Document,
     Sample,
     read_shard,
     read_table,
@@ -34,8 +35,9 @@ from boltlm.records import (
 from boltlm.shard_store import mark_complete, run_shards
 from boltlm.tokens import TextCoder
 
-# The tables in the output folder of a model; the first two have a folder for each held-out corpus.
-RAW_TABLE, LATENT_TABLE, ANSWER_TABLE = "raw", "likelihood", "answers"
+# The tables in the output folder of a model; the first two have a folder for each held-out corpus,
+# the third for the main one.
+RAW_TABLE, LATENT_TABLE, LARGE_K_TABLE, ANSWER_TABLE = "raw", "likelihood", "large_k", "answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,13 @@ class EvaluationPaths:
     out: Path
 
 
-def evaluate_model(settings: EvaluateSettings, paths: EvaluationPaths) -> dict[str, float]:
+def evaluate_model(settings: BaseEvaluateSettings, paths: EvaluationPaths) -> dict[str, float]:
     """Evaluate a model on the held-out corpora and the tasks; write the tables, return the metrics.
 
-    A model without latents has no ELBO and is evaluated in raw space only. Finished work is stored
-    in `paths.work` under a fingerprint of everything that it depends on, so that an interrupted
-    evaluation resumes where it stopped. Raises UserError where a task has no questions, or a corpus
-    no chunks.
+    A model without latents has no ELBO and is not evaluated in latent space. Finished work is
+    stored in `paths.work` under a fingerprint of everything that it depends on, so that an
+    interrupted evaluation resumes where it stopped. Raises UserError where a task has no questions,
+    or a corpus no chunks.
     """
     weights = checkpoint.final_weights(paths.model)
     model_digest = hash_path(weights)
@@ -69,6 +71,8 @@ def evaluate_model(settings: EvaluateSettings, paths: EvaluationPaths) -> dict[s
         corpus_metrics = _evaluate_corpus(settings, corpus, paths, model_digest, label)
         prefix = "" if corpus == config.corpus else f"{corpus}/"
         metrics |= {f"{prefix}{name}": value for name, value in corpus_metrics.items()}
+    if settings.has_latents and config.large_k:
+        metrics |= _large_k_metrics(settings, config.large_k, paths, label)
     runner = TaskRunner(
         weights,
         model_digest=model_digest,
@@ -89,7 +93,7 @@ def evaluate_model(settings: EvaluateSettings, paths: EvaluationPaths) -> dict[s
 
 
 def _task_options(
-    settings: EvaluateSettings, spec: TaskSpec, weights: Path, split: Path
+    settings: BaseEvaluateSettings, spec: TaskSpec, weights: Path, split: Path
 ) -> TaskOptions:
     """How a task is run. The corpus's own questions need no thought in raw space: the answer is the
     next sentence, and a model with latents is told by SoL EoL that no latent comes before it."""
@@ -103,19 +107,22 @@ def _task_options(
         max_answer_tokens=config.max_answer_tokens
         + (0 if thoughtless else config.max_thought_tokens),
         no_latent=thoughtless and settings.has_latents,
+        cues=config.cues,
         limit=config.limit,
     )
 
 
 def _evaluate_corpus(
-    settings: EvaluateSettings, corpus: str, paths: EvaluationPaths, model_digest: str, label: str
+    settings: BaseEvaluateSettings,
+    corpus: str,
+    paths: EvaluationPaths,
+    model_digest: str,
+    label: str,
 ) -> dict[str, float]:
     """The likelihood measures on one held-out corpus; with the ELBO where the model has latents."""
     chunks, label = paths.chunks / corpus, f"{label}, {corpus}"
-    scores = _score_raw_text(settings, chunks, paths, model_digest, label)
+    scores = _score_text(settings, chunks, paths, model_digest, label)
     metrics = likelihood.nll_metrics(scores)
-    metrics["heldout_documents"] = len(scores)
-    metrics["heldout_tokens"] = sum(score.tokens for score in scores)
     if settings.has_latents:
         sizes = settings.evaluate.k_samples
         out = paths.out / LATENT_TABLE / corpus
@@ -131,20 +138,60 @@ def _evaluate_corpus(
         )
         groups = group_by_chunk(iter(read_table(out, Sample)))
         lengths = [len(chunk.tokens) for chunk in read_table(chunks, Chunk)]
-        metrics |= likelihood.elbo_metrics(groups, lengths, sizes)
+        clusters = {score.doc_id: score.cluster for score in scores}
+        metrics |= likelihood.elbo_metrics(groups, lengths, sizes, clusters)
         diagnostics = WeightDiagnostics(groups, reference_latents(paths.split / corpus, chunks))
         metrics |= diagnostics.diagnostics() | diagnostics.exact_match_metrics()
     return metrics
 
 
-def _score_raw_text(
-    settings: EvaluateSettings, chunks: Path, paths: EvaluationPaths, model_digest: str, label: str
+def _large_k_metrics(
+    settings: BaseEvaluateSettings, config: LargeKConfig, paths: EvaluationPaths, label: str
+) -> dict[str, float]:
+    """The bound with a large K, and with the largest of `k_samples` from the same draws, on the
+    first documents of the main held-out corpus; names begin with `subset/`."""
+    corpus = settings.evaluate.corpus
+    scores = list(read_table(paths.out / RAW_TABLE / corpus, DocumentScore))[: config.documents]
+    clusters = {score.doc_id: score.cluster for score in scores}
+    chunks = [c for c in read_table(paths.chunks / corpus, Chunk) if c.doc_id in clusters]
+    facts = {"chunks": hash_path(paths.chunks / corpus), "documents": config.documents}
+    subset = paths.work / "evaluate" / fingerprint(facts)
+    write_shard(subset / shard_name(0), Chunk, chunks)
+    out = paths.out / LARGE_K_TABLE / corpus
+    draw_latents(
+        settings,
+        "evaluate",
+        model=paths.model,
+        chunks=subset,
+        work=paths.work,
+        out=out,
+        num_samples=config.k_samples,
+        what=f"{label}, {corpus}, K = {config.k_samples}",
+    )
+    groups = group_by_chunk(read_table(out, Sample))
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    sizes = (max(settings.evaluate.k_samples), config.k_samples)
+    metrics = likelihood.elbo_metrics(groups, lengths, sizes, clusters)
+    metrics = {name: value for name, value in metrics.items() if name.startswith("elbo")}
+    metrics |= {"documents": len(scores), "clusters": len(set(clusters.values()))}
+    return {f"subset/{name}": value for name, value in metrics.items()}
+
+
+def _score_text(
+    settings: BaseEvaluateSettings,
+    chunks: Path,
+    paths: EvaluationPaths,
+    model_digest: str,
+    label: str,
 ) -> list[DocumentScore]:
-    """−log p of the raw text of every document of a corpus, a shard at a time."""
+    """The scores of every document of a corpus, a shard at a time."""
     names = [path.name for path in shard_paths(chunks)]
-    sampling = settings.sampling
+    sampling, split = settings.sampling, paths.split / chunks.name
     facts = {
         "model": model_digest,
+        "has_latents": settings.has_latents,
+        "context": [settings.context_chunks, settings.max_latent_tokens],
+        "documents": hash_path(split),
         "chunks": hash_path(chunks),
         "precision": sampling.precision,
         "code": hash_code("boltlm.evaluation.likelihood"),
@@ -156,14 +203,19 @@ def _score_raw_text(
         weights = checkpoint.final_weights(paths.model)
         model, coder = checkpoint.load_model(weights, sampling.precision), TextCoder(weights)
         for name in missing:
-            documents = likelihood.join_chunks(read_shard(chunks / name, Chunk))
+            documents = read_shard(split / name, Document)
             scores = likelihood.score_documents(
-                model, coder.special_tokens, documents, coder.context_length, sampling.batch_tokens
+                model,
+                coder,
+                settings,
+                documents,
+                read_shard(chunks / name, Chunk),
+                has_latents=settings.has_latents,
             )
             write_shard(work / name, DocumentScore, scores)
             mark_complete(work / name)
             yield
 
     out = paths.out / RAW_TABLE / chunks.name
-    run_shards(names, score_shards, work=work, out=out, what=f"{label}, raw")
+    run_shards(names, score_shards, work=work, out=out, what=f"{label}, text")
     return list(read_table(out, DocumentScore))

@@ -63,7 +63,8 @@ class TaskRunner:
         self.model: Any = None
 
     def run(self, spec: TaskSpec, options: TaskOptions) -> list[TaskAnswer]:
-        """All answers of one task. In raw space the special tokens are never generated."""
+        """All answers of one task. Outside latent space the special tokens are never
+        generated."""
         special = TextCoder(self.folder).special_tokens
         latent_tokens = (special.sol, special.eol, special.prior, special.post)
         model = CachedLM(
@@ -72,7 +73,7 @@ class TaskRunner:
             label=f"{self.label}, {spec.name}",
             seed=self.seed,
             batch_size=self.batch_size,
-            forbidden=latent_tokens if spec.space == "raw" else (),
+            forbidden=() if spec.space == "latent" else latent_tokens,
         )
         return downstream.run_task(model, spec, options)
 

@@ -8,7 +8,7 @@ from boltlm.errors import UserError
 
 TaskName = Literal["gsm8k", "math", "mmlu_stem", "questions"]
 PromptSet = Literal["standard", "synthetic"]
-ThoughtSpace = Literal["latent", "raw"]
+ThoughtSpace = Literal["latent", "raw", "cot"]
 Backend = Literal["hf", "vllm"]  # of lm-eval
 # The prompt sets that a task does not have, and what to use instead.
 MISSING_PROMPT_SETS: dict[tuple[TaskName, PromptSet], str] = {
@@ -22,11 +22,23 @@ MISSING_PROMPT_SETS: dict[tuple[TaskName, PromptSet], str] = {
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSpec:
     """A task, the set of few-shot examples in its prompts, and where the model writes its thought:
-    between special tokens (`latent`) or as plain text (`raw`). See docs/method.md, 6.1 and 6.2."""
+    between special tokens (`latent`) or as plain text (`raw`). For `questions`, `raw` is an answer
+    without a thought, and `cot` a thought as plain text. See docs/method.md, 6.1 and 6.2.
+
+    Raises UserError for a combination that does not exist."""
 
     task: TaskName
     prompts: PromptSet
     space: ThoughtSpace
+
+    def __post_init__(self) -> None:
+        if message := MISSING_PROMPT_SETS.get((self.task, self.prompts)):
+            raise UserError(f"evaluate.tasks: {message}")
+        if self.space == "cot" and self.task != "questions":
+            raise UserError(
+                f"the space 'cot' is for the task 'questions'; use 'raw' for '{self.task}', where"
+                " the thought is plain text too"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "TaskSpec":
@@ -37,10 +49,7 @@ class TaskSpec:
             form = "/".join(f"({'|'.join(names)})" for names in allowed)
             raise UserError(f"evaluate.tasks: '{text}' is not of the form {form}")
         task, prompts, space = parts
-        spec = cls(task=task, prompts=prompts, space=space)  # pyright: ignore[reportArgumentType]
-        if message := MISSING_PROMPT_SETS.get((spec.task, spec.prompts)):
-            raise UserError(f"evaluate.tasks: {message}")
-        return spec
+        return cls(task=task, prompts=prompts, space=space)  # pyright: ignore[reportArgumentType]
 
     @property
     def name(self) -> str:

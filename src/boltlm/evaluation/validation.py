@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from boltlm.estep.config import DrawSettings
@@ -40,16 +41,16 @@ def validation_hook(
     chunks = [chunk for _, group in islice(groups_by_document, config.documents) for chunk in group]
     token_budget = context_token_budget(coder, settings.max_latent_tokens)
     chunks_with_context = chunks_in_context(chunks, settings.context_chunks, token_budget)
-    lengths = [len(chunk.tokens) for chunk in chunks]
+    num_tokens = sum(len(chunk.tokens) for chunk in chunks)
     documents = likelihood.join_chunks(chunks)
     # vLLM cannot sample from a model whose weights change.
     sampling = replace(settings.sampling, sampler="transformers")
 
     def validate(model: PreTrainedModel) -> Mapping[str, float]:
-        scores = likelihood.score_documents(
+        nlls = likelihood.document_nlls(
             model, coder.special_tokens, documents, coder.context_length, sampling.batch_tokens
         )
-        metrics = {"val_nll": likelihood.nll_metrics(scores)["nll_per_token"]}
+        metrics = {"val_nll": sum(nlls.values()) / num_tokens}
         if latent:
             estep = EStep(
                 model,
@@ -60,8 +61,9 @@ def validation_hook(
                 purpose="validation",
             )
             groups = estep.run(chunks_with_context, config.k_samples)
-            bounds = likelihood.elbo_metrics(groups, lengths, [config.k_samples])
-            metrics["val_elbo"] = bounds["elbo_per_token"]
+            log_w_CK = np.array([[sample.log_weight for sample in group] for group in groups])
+            bound_C = likelihood.chunk_bounds(log_w_CK, config.k_samples)
+            metrics["val_elbo"] = float(bound_C.sum()) / num_tokens
         return metrics
 
     return validate

@@ -10,7 +10,9 @@ from boltlm.evaluation.finetune_config import FinetuneRun
 from boltlm.params import from_key
 from boltlm.training.config import ModelEntry
 
-Role = Literal["iteration", "frozen", "teacher", "raw", "other"]
+Role = Literal["base", "iteration", "frozen", "teacher", "raw", "other"]
+# The model of the stage `base`, from which all others descend. It is no entry of `models`.
+BASE_MODEL = "base"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,8 @@ class Arm:
     one sampled the latents that the next one is trained on (of equally long sequences, the first
     one in params.yaml). Models outside the chain have the role `frozen` if they are trained on
     latents sampled by a model of the chain, `teacher` if on latents from a teacher, `raw` if on
-    text alone, and `other` in all remaining cases (mixtures with raw text, second chains).
+    text alone, and `other` in all remaining cases (mixtures with raw text, second chains). The role
+    `base` is that of BASE_MODEL.
     `latents` is the entry of `latents` that the model is trained on, `generator` the model that
     sampled it.
     """
@@ -47,14 +50,14 @@ class Arm:
         """The role in a few words, for labels and tables."""
         if self.iteration is not None:
             return f"iteration {self.iteration}"
-        if self.role == "raw":
-            return "raw text"
+        if self.role in ("base", "raw"):
+            return "base model" if self.role == "base" else "raw text"
         source = "teacher latents" if self.generator is None else f"latents by {self.generator}"
         return source if self.format == "latent" else f"{self.format}, {source}"
 
 
 def experiment_arms(settings: ReportSettings) -> tuple[Arm, ...]:
-    """Every entry of `models`, in the order of params.yaml.
+    """Every entry of `models`, in the order of params.yaml, and the base model.
 
     If no model is trained on sampled latents there is no chain, and every model trained on latents
     from a teacher has the role `teacher`. Raises UserError if models sample latents for each other
@@ -63,7 +66,10 @@ def experiment_arms(settings: ReportSettings) -> tuple[Arm, ...]:
     lineages = [_lineage(settings, name) for name in settings.models]
     longest = max(lineages, key=len, default=[])
     chain = longest if len(longest) > 1 else []
-    return tuple(_arm(settings, name, chain) for name in settings.models)
+    base = Arm(
+        name=BASE_MODEL, role="base", format="raw", iteration=None, latents=None, generator=None
+    )
+    return (*(_arm(settings, name, chain) for name in settings.models), base)
 
 
 def em_chain(arms: Sequence[Arm]) -> list[Arm]:

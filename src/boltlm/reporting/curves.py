@@ -87,8 +87,7 @@ def plot_validation(results: Results) -> Plot | SkippedPlot:
 
 def plot_log_weight(results: Results) -> Plot | SkippedPlot:
     """The distribution of log w (docs/method.md, eq. (3)) in the latents that each iteration is
-    trained on. Invalid draws have log w = −∞ and appear as a fraction in the legend; the axis cuts
-    off 0.1 % of the draws at either end."""
+    trained on; the axis cuts off 0.1 % of the draws at either end."""
     entries = {
         arm.latents: (f"iteration {arm.iteration}, sampled by {arm.generator}", arm.name)
         for arm in em_chain(results.arms)
@@ -120,7 +119,8 @@ def plot_log_weight(results: Results) -> Plot | SkippedPlot:
 
 def _labels(results: Results) -> dict[str, str]:
     """The entries of `models` in their order, each with its name and role."""
-    return {arm.name: f"{arm.name}: {arm.description}" for arm in ordered_arms(results.arms)}
+    arms = (arm for arm in ordered_arms(results.arms) if arm.role != "base")
+    return {arm.name: f"{arm.name}: {arm.description}" for arm in arms}
 
 
 def _loss_curves(

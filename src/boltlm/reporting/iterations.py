@@ -21,6 +21,7 @@ from boltlm.reporting.plotting import (
 from boltlm.reporting.results import Estimate, Results
 
 LATENT_ACCURACY = "questions/standard/latent/accuracy"
+COT_ACCURACY = "questions/standard/cot/accuracy"
 RAW_ACCURACY = "questions/standard/raw/accuracy"
 ORANGE = "#d55e00"
 
@@ -36,7 +37,8 @@ class _Panel:
 
 def plot_elbo(results: Results) -> Plot | SkippedPlot:
     """The bound per token (docs/method.md, eq. (7)) of each M_t and of each control; for controls
-    without a bound, on the same scale, the log-likelihood of the raw text, −NLL."""
+    without a bound, on the same scale, the log-likelihood of the same chunks in the same contexts.
+    """
     if not _has(results, "elbo_per_token"):
         return SkippedPlot("no model of an EM chain has elbo_per_token")
     figure, ((axes,),) = subplots(5.6, 3.8)
@@ -44,12 +46,12 @@ def plot_elbo(results: Results) -> Plot | SkippedPlot:
     labels: list[LineLabel] = []
     for arm in control_arms(results.arms):
         bound = results.estimate(arm.name, "elbo_per_token")
-        nll = results.estimate(arm.name, "nll_per_token")
+        nll = results.estimate(arm.name, "nll_in_context_per_token")
         if bound is not None:
             rows.append(_row(arm, "elbo_per_token", bound))
             labels.append(_control_line(axes, results, arm, bound))
         elif nll is not None:
-            rows.append(_row(arm, "nll_per_token", nll))
+            rows.append(_row(arm, "nll_in_context_per_token", nll))
             likelihood = Estimate(value=-nll.value, se=nll.se)
             labels.append(_control_line(axes, results, arm, likelihood, "−NLL"))
     sizes = results.bound_sizes()
@@ -62,20 +64,22 @@ def plot_elbo(results: Results) -> Plot | SkippedPlot:
 
 def plot_accuracy(results: Results) -> Plot | SkippedPlot:
     """Accuracy on the held-out questions with a latent thought before the answer (solid) and
-    without one (dashed); of each control the first of the two that it has."""
+    without one (dashed); of each control the first of these that it has: with a latent thought,
+    with a thought in plain text, without one."""
     if not (_has(results, LATENT_ACCURACY) or _has(results, RAW_ACCURACY)):
         return SkippedPlot("no model of an EM chain was evaluated on the held-out questions")
     figure, ((axes,),) = subplots(5.6, 3.8)
     spaces = (
-        (LATENT_ACCURACY, "solid", "with a latent thought", "with thought"),
-        (RAW_ACCURACY, "dashed", "direct answer", "direct"),
+        (LATENT_ACCURACY, "solid", "with a latent thought"),
+        (RAW_ACCURACY, "dashed", "direct answer"),
     )
     rows: PlotRows = []
-    for metric, dashes, label, _ in spaces:
+    for metric, dashes, label in spaces:
         rows += _chain_line(axes, results, metric, color=BLUE, dashes=dashes, label=label)
+    notes = {LATENT_ACCURACY: "with thought", COT_ACCURACY: "plain text", RAW_ACCURACY: "direct"}
     labels: list[LineLabel] = []
     for arm in control_arms(results.arms):
-        for metric, _, _, note in spaces:
+        for metric, note in notes.items():
             estimate = results.estimate(arm.name, metric)
             if estimate is not None:
                 rows.append(_row(arm, metric, estimate))
@@ -119,6 +123,7 @@ def plot_diagnostics(results: Results) -> Plot | SkippedPlot:
         _Panel("latents identical to the reference", exact_match, percent=True),
         _Panel("tokens per latent", {"latent_tokens_mean": ""}, percent=False),
         _Panel(f"effective sample size{draws}", {"ess_mean": ""}, percent=False),
+        _Panel("distinct latents of a chunk", {"distinct_latents_mean": ""}, percent=False),
         _Panel("masked probability", {"masked_mass": ""}, percent=True),
     ]
     panels = [panel for panel in panels if any(_has(results, name) for name in panel.metrics)]

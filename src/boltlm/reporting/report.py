@@ -27,16 +27,21 @@ CAPTIONS = {
 }  # by the stem of a figure's files
 
 ABOUT_MODELS = (
-    "ELBO: importance-weighted bound with the largest K; NLL: negative log-likelihood of the raw"
-    " text without latents; both in nats per token on held-out documents. Exact match: fraction of"
-    " sampled latents that are identical to the reference latent of the data. ESS: effective sample"
-    " size of the K draws. Failed groups: fraction of the groups of K draws that contain no valid"
-    " draw; the bound excludes them."
+    "ELBO: importance-weighted bound with the largest of `evaluate.k_samples`; NLL in context:"
+    " negative log-likelihood of the same chunks in the same contexts without a latent, in the"
+    " model's own format; NLL: that of the whole raw text; all in nats per token on held-out"
+    " documents. Thought in plain text: the question is followed by the best of `evaluate.cues`."
+    " Exact match: fraction of sampled latents that are identical to the reference latent of the"
+    " data. ESS: effective sample size of the K draws."
 )
-ABOUT_LATENTS = "SD of log w: standard deviation within a chunk, averaged over chunks."
+ABOUT_LATENTS = (
+    "SD of log w: standard deviation within a chunk, averaged over chunks. Distinct: number of"
+    " different latents among the K of a chunk."
+)
 ABOUT_FINETUNED = (
-    "Accuracy: mean over questions, samples and seeds ± standard error over questions; the next two"
-    " columns are the standard errors over seeds (independent trainings) and over samples."
+    "Accuracy: mean over questions, samples and seeds ± standard error over clusters of questions;"
+    " the next two columns are the standard errors over seeds (independent trainings) and over"
+    " samples."
 )
 
 
@@ -64,15 +69,24 @@ def write_report(settings: ReportSettings, *, metrics: Path, out: Path) -> None:
 
 def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> str:
     """The report in Markdown; `plots` by the stem of their files."""
+    about_errors = (
+        "Written by the stage `figures` from the files in `metrics/`; ± is one standard error,"
+        " robust to dependence within clusters of documents and questions"
+    )
     blocks = [
         "# Results",
-        "Written by the stage `figures` from the files in `metrics/`; ± is one standard error.",
+        f"{about_errors}{_cluster_counts(results)}.",
         "## Models",
         _models(results),
         ABOUT_MODELS,
     ]
-    if results.bound_sizes():
-        blocks += ["### ELBO by number of draws K, nats per token", _bounds(results)]
+    if sizes := results.bound_sizes():
+        metrics = {f"K = {size}": f"elbo_per_token_k{size}" for size in sizes}
+        blocks += ["### ELBO by number of draws K, nats per token", _bounds(results, metrics)]
+    if sizes := results.bound_sizes("subset/"):
+        metrics = {f"K = {size}": f"subset/elbo_per_token_k{size}" for size in sizes}
+        title = "### ELBO on the first documents (`evaluate.large_k`), nats per token"
+        blocks += [title, _bounds(results, metrics)]
     if tasks := results.tasks():
         blocks += ["### Accuracy by task", _tasks(results, tasks)]
     if any(results.finetuning.values()):
@@ -91,21 +105,21 @@ def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> 
 
 
 def _models(results: Results) -> str:
-    sizes = results.bound_sizes()
-    failed = f"elbo_failed_fraction_k{sizes[-1]}" if sizes else ""
     columns: dict[str, Callable[[str], str]] = {
         "ELBO": lambda name: _nats(results.estimate(name, "elbo_per_token")),
+        "NLL in context": lambda name: _nats(results.estimate(name, "nll_in_context_per_token")),
         "NLL": lambda name: _nats(results.estimate(name, "nll_per_token")),
         "accuracy, with latent thought": lambda name: _percent(
             results.estimate(name, iterations.LATENT_ACCURACY)
+        ),
+        "accuracy, thought in plain text": lambda name: _percent(
+            results.estimate(name, iterations.COT_ACCURACY)
         ),
         "accuracy, direct answer": lambda name: _percent(
             results.estimate(name, iterations.RAW_ACCURACY)
         ),
         "exact match": lambda name: _percent(results.estimate(name, "exact_match")),
         "ESS": lambda name: _decimal(results.evaluation[name], "ess_mean", 2),
-        "masked mass": lambda name: _percent(results.estimate(name, "masked_mass")),
-        "failed groups": lambda name: _percent(results.estimate(name, failed)),
     }
     return _table(
         ["model", "description", *columns],
@@ -116,15 +130,27 @@ def _models(results: Results) -> str:
     )
 
 
-def _bounds(results: Results) -> str:
-    sizes = results.bound_sizes()
-    metrics = [f"elbo_per_token_k{size}" for size in sizes]
+def _cluster_counts(results: Results) -> str:
+    """How many clusters of held-out documents and of questions there are, if that is known."""
+    names = {"heldout_clusters": "documents", "questions/standard/raw/clusters": "questions"}
+    counts = {
+        kind: int(metrics[name])
+        for metrics in results.evaluation.values()
+        for name, kind in names.items()
+        if name in metrics
+    }
+    listed = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
+    return f" ({listed})" if listed else ""
+
+
+def _bounds(results: Results, metrics: Mapping[str, str]) -> str:
+    """`metrics`: the metric of each column."""
     return _table(
-        ["model", *(f"K = {size}" for size in sizes)],
+        ["model", *metrics],
         [
-            [arm.name, *(_nats(results.estimate(arm.name, metric)) for metric in metrics)]
+            [arm.name, *(_nats(results.estimate(arm.name, metric)) for metric in metrics.values())]
             for arm in ordered_arms(results.arms)
-            if any(metric in results.evaluation[arm.name] for metric in metrics)
+            if any(metric in results.evaluation[arm.name] for metric in metrics.values())
         ],
     )
 
@@ -159,7 +185,9 @@ def _latents(results: Results) -> str:
         "ESS": lambda metrics: _decimal(metrics, "ess_mean", 2),
         "largest weight": lambda metrics: _decimal(metrics, "max_weight_mean", 2),
         "SD of log w, nats": lambda metrics: _decimal(metrics, "log_weight_std_mean", 2),
-        "masked mass": lambda metrics: _fraction(metrics, "masked_mass"),
+        "distinct": lambda metrics: _decimal(metrics, "distinct_latents_mean", 2),
+        "mass masked": lambda metrics: _fraction(metrics, "masked_mass"),
+        "ended at the limit": lambda metrics: _fraction(metrics, "forced_fraction"),
         "exact match": lambda metrics: _fraction(metrics, "exact_match"),
         "exact match, selected": lambda metrics: _fraction(metrics, "exact_match_selected"),
         "tokens per latent": lambda metrics: _decimal(metrics, "latent_tokens_mean", 1),

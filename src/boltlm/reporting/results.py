@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from boltlm.reporting.arms import Arm, ReportSettings, em_chain, experiment_arms
+from boltlm.reporting.arms import BASE_MODEL, Arm, ReportSettings, em_chain, experiment_arms
 from boltlm.timing import read_timing, timing_path
 
 Metrics = Mapping[str, float]
@@ -71,10 +71,11 @@ class Results:
         tasks = [key.removesuffix("/accuracy") for key in keys if key.endswith("/accuracy")]
         return [task for task in tasks if not task.startswith("questions/")]
 
-    def bound_sizes(self) -> list[int]:
-        """Every K for which some model has an importance-weighted bound, in ascending order."""
+    def bound_sizes(self, prefix: str = "") -> list[int]:
+        """Every K for which some model has an importance-weighted bound, in ascending order;
+        `prefix` is that of the metrics' names."""
         keys = {key for metrics in self.evaluation.values() for key in metrics}
-        matches = (re.fullmatch(r"elbo_per_token_k(\d+)", key) for key in keys)
+        matches = (re.fullmatch(rf"{prefix}elbo_per_token_k(\d+)", key) for key in keys)
         return sorted(int(match[1]) for match in matches if match)
 
 
@@ -89,7 +90,9 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
     latents_paths = {name: metrics / "latents" / f"{name}.json" for name in settings.latents}
     return Results(
         arms=arms,
-        evaluation={name: _read_json(metrics / "eval" / f"{name}.json") for name in models},
+        evaluation={
+            name: _read_json(metrics / "eval" / f"{name}.json") for name in (*models, BASE_MODEL)
+        },
         finetuning={
             name: _read_json(metrics / "finetune" / f"{name}.json")
             for name in settings.finetune_runs

@@ -1,4 +1,4 @@
-"""Finished DVC experiments as one table: mean ± standard error over seeds.
+"""Finished DVC experiments as one table: means over seeds with 95 % intervals.
 
 An experiment is identified by the params.yaml of its own commit, not by its name. Experiments whose
 `k_samples` differs from the workspace's contribute only the models that were asked for, because all
@@ -7,25 +7,49 @@ other models in them are copies of those with the default K.
 
 import csv
 import json
+import math
 import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from scipy.special import stdtrit
 
 from boltlm.errors import UserError
 
 SEED_METRICS: tuple[str, ...] = (
     "elbo_per_token",
+    "subset/elbo_per_token",
+    "nll_in_context_per_token",
     "nll_per_token",
     "exact_match",
     "questions/standard/latent/accuracy",
+    "questions/standard/cot/accuracy",
     "questions/standard/raw/accuracy",
 )
+INTERVAL_NOTE = "mean ± half-width of the 95 % interval (t distribution, over seeds)"
+
+
+class SeedMean(NamedTuple):
+    """A mean over independent seeds, its standard error, and the half-width of its 95 % interval;
+    the last two are NaN for a single seed."""
+
+    mean: float
+    standard_error: float
+    half_width: float
+
+
+def mean_over_seeds(values: Sequence[float]) -> SeedMean:
+    """x̄, s/√n and t_{0.975, n−1} s/√n of n values, with the unbiased standard deviation s."""
+    count = len(values)
+    if count < 2:
+        return SeedMean(statistics.mean(values), math.nan, math.nan)
+    error = statistics.stdev(values) / math.sqrt(count)
+    return SeedMean(statistics.mean(values), error, float(stdtrit(count - 1, 0.975)) * error)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +97,7 @@ def collect_seeds(default_k: int, of_other_k: Sequence[str]) -> list[SeedRow]:
 
 
 def seed_table(rows: Sequence[SeedRow]) -> str:
-    """A Markdown table with one line for each model and K."""
+    """A Markdown table with one line for each model and K; the cells are INTERVAL_NOTE."""
     groups: dict[tuple[str, int], list[SeedRow]] = defaultdict(list)
     for row in rows:
         groups[row.model, row.k_samples].append(row)
@@ -89,7 +113,8 @@ def seed_table(rows: Sequence[SeedRow]) -> str:
 
 def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) -> str:
     """A Markdown table with the difference in elbo_per_token of each pair `model-reference`, paired
-    by seed. For a model without latents, −nll_per_token is exact and takes the bound's place.
+    by seed; the cells are INTERVAL_NOTE. For a model without latents, −nll_in_context_per_token,
+    which is exact and covers the same chunks in the same contexts, takes the bound's place.
 
     Raises UserError if a pair does not name two models that have such a value.
     """
@@ -151,12 +176,13 @@ def _git(*arguments: str) -> str:
 def _bound(row: SeedRow) -> float | None:
     if "elbo_per_token" in row.metrics:
         return row.metrics["elbo_per_token"]
-    nll = row.metrics.get("nll_per_token")
+    nll = row.metrics.get("nll_in_context_per_token")
     return None if nll is None else -nll
 
 
 def _format_mean(values: Sequence[float]) -> str:
-    """Mean ± standard error, the mean alone for one value, `–` for none."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "–"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+    """INTERVAL_NOTE, the mean alone for one value, `–` for none."""
+    if not values:
+        return "–"
+    mean, _, half_width = mean_over_seeds(values)
+    return f"{mean:.3f}" if math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"

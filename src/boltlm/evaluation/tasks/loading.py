@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from boltlm.corpus import benchmarks
 from boltlm.evaluation import fewshot
-from boltlm.evaluation.grading import Verdict, grade
+from boltlm.evaluation.grading import Verdict, find_statement, grade
 from boltlm.evaluation.task_spec import PromptSet, TaskName, ThoughtSpace
 from boltlm.records import Question, read_table
 from boltlm.tokens import EOL, TextCoder
@@ -26,43 +26,53 @@ def load_docs(
     samples: int = 1,
     no_latent: bool = False,
     zero_shot: bool = False,
+    cues: Sequence[str] = ("",),
     limit: int | None = None,
     **_: Any,
 ) -> dict[str, Dataset]:
-    """The first `limit` questions in `data_path`, each `samples` times, as lm-eval's documents.
+    """The first `limit` questions in `data_path`, each `samples` times, as lm-eval's documents; in
+    the space `cot` so for each of `cues`.
 
     With `model_folder`, whose tokenizer and context window then count, prompts lose the examples
-    that do not fit beside an answer of `max_answer_tokens` tokens. `no_latent` is described at
-    `render_prompt`; `zero_shot` leaves out description and examples.
+    that do not fit beside an answer of `max_answer_tokens` tokens. With `no_latent` they end with
+    SoL EoL, which tells a model with latents that none follows. `zero_shot` leaves out description
+    and examples.
     """
     coder = TextCoder(Path(model_folder)) if model_folder else None
     rows: list[dict[str, Any]] = []
-    for item in list(_read_items(task, data_path, split))[:limit]:
-        row = _row(
-            item,
-            task,
-            None if zero_shot else prompts,
-            space,
-            coder=coder,
-            max_answer_tokens=max_answer_tokens,
-            no_latent=no_latent,
-        )
-        rows += [{**row, "sample": sample} for sample in range(samples)]
+    for item, cluster in list(_read_items(task, data_path, split))[:limit]:
+        for number, cue in enumerate(cues, 1) if space == "cot" else [(0, "")]:
+            row = _row(
+                item,
+                task,
+                None if zero_shot else prompts,
+                space,
+                coder=coder,
+                max_answer_tokens=max_answer_tokens,
+                ending=fewshot.EMPTY_LATENT if no_latent else f" {cue}" if cue else "",
+            )
+            row |= {"cluster": cluster, "cue": number}
+            rows += [{**row, "sample": sample} for sample in range(samples)]
     return {"test": Dataset.from_list(rows)}
 
 
-def _read_items(task: TaskName, data_path: str, split: str) -> Iterator[benchmarks.BenchmarkItem]:
+def _read_items(
+    task: TaskName, data_path: str, split: str
+) -> Iterator[tuple[benchmarks.BenchmarkItem, str]]:
+    """The items, each with its cluster: of a benchmark, each item is its own."""
     if task != "questions":
-        yield from benchmarks.read_benchmark(task, data_path, split)
+        for item in benchmarks.read_benchmark(task, data_path, split):
+            yield item, item.item_id
         return
     for question in read_table(Path(data_path), Question):
-        yield benchmarks.BenchmarkItem(
+        item = benchmarks.BenchmarkItem(
             item_id=question.question_id,
             subject="",
             question=question.prompt,
             choices=(),
-            solution=question.answer,
+            solution=f"{question.stem} {question.answer}.",
         )
+        yield item, question.cluster or question.question_id
 
 
 def _row(
@@ -73,9 +83,10 @@ def _row(
     *,
     coder: TextCoder | None,
     max_answer_tokens: int,
-    no_latent: bool,
+    ending: str,
 ) -> dict[str, Any]:
-    """One question with its prompt; zero-shot without a prompt set."""
+    """One question with its prompt; zero-shot without a prompt set. `ending` as in
+    `render_prompt`."""
     form = fewshot.PROMPT_FORMS[task]
     description, examples = (
         fewshot.fewshot_examples(task, prompts, item.subject) if prompts else ("", ())
@@ -84,7 +95,7 @@ def _row(
     if item.choices:
         choices = zip("ABCD", item.choices, strict=True)
         question += "\n" + " ".join(f"({letter}) {choice}" for letter, choice in choices)
-    arguments = form, description, examples, question, space, no_latent
+    arguments = form, description, examples, question, space, ending
     if coder is None:
         prompt, num_shots = fewshot.render_prompt(*arguments), len(examples)
     else:
@@ -102,21 +113,30 @@ def _row(
     }
 
 
-def split_completion(completion: str, space: ThoughtSpace) -> tuple[str | None, str | None]:
+def split_completion(
+    completion: str, space: ThoughtSpace, gold: str
+) -> tuple[str | None, str | None]:
     """The thought and the answer in a completion.
 
     In raw space the whole completion is the answer. In latent space the answer follows the first
-    EoL; without EoL there is none.
+    EoL; without EoL there is none. In the space `cot` it begins with the first sentence of the form
+    of `gold`; without one there is none.
     """
     if space == "raw":
         return None, completion
+    if space == "cot":
+        statement = find_statement(completion, gold)
+        if statement is None:
+            return completion, None
+        return completion[: statement.start()], completion[statement.start() :]
     thought, eol, answer = completion.partition(EOL)
     return thought, answer if eol else None
 
 
 def grade_completion(doc: Mapping[str, Any], completion: str) -> dict[str, Verdict]:
     """The verdict of each of the task's graders, by name."""
-    return grade(doc["task"], split_completion(completion, doc["space"])[1], doc["gold"])
+    _, answer = split_completion(completion, doc["space"], doc["gold"])
+    return grade(doc["task"], answer, doc["gold"])
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
