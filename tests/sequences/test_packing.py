@@ -36,6 +36,7 @@ def make_formatter(**changes: Any) -> SequenceFormatter:
         "special_tokens": SPECIAL,
         "sequence_format": "latent",
         "layout": "document",
+        "context_loss": True,
         "context_chunks": 3,
         "token_budget": 100,
         "seed": 1,
@@ -392,4 +393,4 @@ def test_a_budget_is_either_epochs_or_tokens(
 def test_a_sequence_has_two_tokens_or_more() -> None:
     """In a sequence of one token, nothing follows from what stands before."""
     with pytest.raises(UserError, match="sequence_length must be 2 or more, found 1"):
-        SequenceConfig(sequence_length=1, layout="document")
+        SequenceConfig(sequence_length=1, layout="document", context_loss=True)
