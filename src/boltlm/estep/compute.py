@@ -1,4 +1,4 @@
-"""The compute of an E-step (docs/method.md, 7.1)."""
+"""The compute of an E-step (docs/method.md, 7.3)."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 """Compute in floating-point operations (FLOPs), and the record of it that an artifact carries
-(docs/method.md, 7.1). All counts are exact integers; no wall clock is involved."""
+(docs/method.md, 7.3). All counts are exact integers; no wall clock is involved."""
 
 import json
 from collections.abc import Iterable, Mapping
