@@ -101,6 +101,7 @@ def pack(
         special_tokens=coder.special_tokens,
         sequence_format=sequence_format,
         layout="chunk",
+        context_loss=True,
         context_chunks=3,
         token_budget=400,
         seed=1,

@@ -33,8 +33,9 @@ from boltlm.seeds import generator  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
 from boltlm.sequences.packing import PackedDataset, SequenceFormatter, SequenceSource  # noqa: E402
 from boltlm.tokens import TextCoder  # noqa: E402
-from boltlm.training import flops  # noqa: E402
+from boltlm.training import hardware  # noqa: E402
 from boltlm.training.checkpointing import CheckpointManager  # noqa: E402
+from boltlm.training.compute import training_flops_per_token  # noqa: E402
 from boltlm.training.config import TrainConfig  # noqa: E402
 from boltlm.training.trainer import train_model  # noqa: E402
 
@@ -95,6 +96,7 @@ def make_dataset(args: argparse.Namespace, folder: Path, vocab_size: int) -> Pac
         special_tokens=coder.special_tokens,
         sequence_format="latent",
         layout="chunk",
+        context_loss=True,
         context_chunks=3,
         token_budget=400,
         seed=1,
@@ -193,11 +195,11 @@ def measure_side(args: argparse.Namespace) -> dict[str, float]:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
     tokens_per_second = args.steps * args.batch_size * length / seconds
-    peak = flops.peak_flops(device, getattr(torch, args.precision))
+    peak = hardware.peak_flops(device, getattr(torch, args.precision))
     return {
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops.flops_per_token(model, length) / peak,
-        "memory_mib": flops.peak_memory_mib(device),
+        "mfu": tokens_per_second * training_flops_per_token(model, length) / peak,
+        "memory_mib": hardware.peak_memory_mib(device),
         "peak_tflops": peak / 1e12,
     }
 

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
+from boltlm.estep.compute import count_estep_tokens, record_estep_compute
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
 from boltlm.params import load_settings
@@ -30,8 +31,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    settings = load_settings(EStepSettings, args.params, name=args.name)
     metrics, timing = run_estep(
-        load_settings(EStepSettings, args.params, name=args.name),
+        settings,
         model=args.model,
         split=args.split,
         chunks=args.chunks,
@@ -39,7 +41,9 @@ def main() -> None:
         out=args.out,
         histogram_path=args.histogram,
     )
-    write_json(args.metrics, metrics)
+    tokens = count_estep_tokens(settings, model=args.model, chunks=args.chunks, out=args.out)
+    compute = record_estep_compute(args.name, tokens, model=args.model, out=args.out)
+    write_json(args.metrics, {**metrics, **compute})
     if timing:
         path = timing_path(repository_path(args.timings), "latents", args.name)
         write_timing(path, args.metrics, [timing])

@@ -3,7 +3,8 @@
     python stages/train.py --params params.yaml --name em1 --parent models/base \
         --chunks data/chunks/em --data data/latents/em1 --mixed data/chunks/em \
         --heldout data/chunks/heldout --work .work --timings timings --out models/em1 \
-        --csv metrics/train/em1.csv --db mlflow.db --artifacts mlartifacts
+        --csv metrics/train/em1.csv --metrics metrics/train/em1.json --db mlflow.db \
+        --artifacts mlartifacts
 
 On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] instead of python.
 """
@@ -25,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
     inputs = ("params", "parent", "chunks", "data", "mixed", "heldout")
-    for flag in (*inputs, "work", "timings", "out", "csv", "db", "artifacts"):
+    for flag in (*inputs, "work", "timings", "out", "csv", "metrics", "db", "artifacts"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
@@ -50,8 +51,8 @@ def main() -> None:
         store = tracking_store(repository_path(args.db), repository_path(args.artifacts))
         line_logger = live_logger(flatten_params(load(args.params)), args.name, store)
     timing = timing_path(repository_path(args.timings), "train", args.name)
-    inputs = args.parent, args.chunks, args.mixed, args.data
-    paths = TrainPaths(*inputs, repository_path(args.work), args.out, args.csv, timing)
+    inputs = args.parent, args.chunks, args.mixed, args.data, repository_path(args.work)
+    paths = TrainPaths(*inputs, args.out, args.csv, timing, args.metrics)
     run_training(settings, paths, validation_hook=hook, line_logger=line_logger)
 
 

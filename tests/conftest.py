@@ -13,6 +13,7 @@ from boltlm.corpus import generated
 from boltlm.tokens import TextCoder
 from boltlm.training.base import PretrainConfig
 from boltlm.training.base_model import add_special_tokens, create_model
+from boltlm.training.compute import write_compute
 from boltlm.training.tokenizer import train_tokenizer
 from tests import tiny
 
@@ -32,7 +33,8 @@ def enumerable(tmp_path_factory: pytest.TempPathFactory) -> tiny.Tiny:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model as the stage `base` writes it, untrained: hidden size 16, context 128."""
+    """A base model as the stage `base` writes it, untrained: hidden size 16, context 128. With the
+    record of its compute it can stand for an entry of `models` too."""
     folder = tmp_path_factory.mktemp("base")
     source = tiny.pages(pages="primer")
     documents = itertools.islice(generated.generate_documents(source, seed=1), 50)
@@ -53,6 +55,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_special_tokens(model, tokenizer, seed=1)
     tokenizer.save_pretrained(folder)
     checkpoint.save_model(model, folder, folder, {})
+    write_compute(folder, "models/tests", flops=0, flops_per_token=6, history=[])
     return folder
 
 

@@ -17,7 +17,7 @@ NEUTRAL_MODULES = frozenset(
         "boltlm.timing",
         "boltlm.evaluation.validation",
         "boltlm.reporting.live_logging",
-        "boltlm.training.flops",
+        "boltlm.training.hardware",
     }
 )
 

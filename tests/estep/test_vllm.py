@@ -23,6 +23,7 @@ from boltlm.estep.verify_weights import exact_log_prob, exact_log_weight
 from boltlm.records import Chunk, Sample, read_table
 from boltlm.sequences import layouts
 from boltlm.tokens import TextCoder
+from boltlm.training.compute import write_compute
 from tests import reference, tiny
 from tests.estep.stage_harness import LatentsStage
 
@@ -52,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
         model.lm_head.weight[:, 0] = -1.0
         model.lm_head.weight[favoured, 0] = 1.0
     checkpoint.save_model(model, folder, base_folder, {})
+    write_compute(folder, "models/tests", flops=0, flops_per_token=6, history=[])
     return folder
 
 

@@ -36,6 +36,7 @@ def make_formatter(**changes: Any) -> SequenceFormatter:
         "special_tokens": SPECIAL,
         "sequence_format": "latent",
         "layout": "document",
+        "context_loss": True,
         "context_chunks": 3,
         "token_budget": 100,
         "seed": 1,
@@ -77,12 +78,10 @@ def segments_in_order(
     return [np.concatenate(pieces).tolist() for pieces in segments if pieces]
 
 
-def pack(folder: Path, sources: Sequence[SequenceSource], **budget: int | None) -> PackedDataset:
-    """The sources packed with sequences of 8 tokens; `budget`: epochs or tokens."""
-    complete: dict[str, Any] = {"epochs": None, "tokens": None, **budget}
-    return packing.pack_sequences(
-        lambda _: sources, folder, sequence_length=8, seed=1, vocab_size=2000, **complete
-    )
+def pack(folder: Path, sources: Sequence[SequenceSource], **options: int | None) -> PackedDataset:
+    """The sources packed with sequences of 8 tokens. `options`: epochs, tokens, vocab_size."""
+    complete: dict[str, Any] = {"vocab_size": 2000, "epochs": None, "tokens": None, **options}
+    return packing.pack_sequences(lambda _: sources, folder, sequence_length=8, seed=1, **complete)
 
 
 def split_at_bos(stream: np.ndarray) -> list[tuple[int, ...]]:
@@ -284,6 +283,52 @@ def test_a_chunk_row_takes_the_context_that_fits(tmp_path: Path) -> None:
     assert rows[2][:5] == [BOS, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("vocab_size", [2000, 40_000])
+def test_context_without_a_loss(vocab_size: int, tmp_path: Path) -> None:
+    """Layout `chunk` with `context_loss: false`: every token of a document is a label once in an
+    epoch. Inputs and all other labels, SoL behind the context among them, are those of
+    `context_loss: true`; a stream with small ids still has two bytes for a token."""
+    numbers = itertools.count(1)
+    documents = [
+        TokenizedDocument(
+            f"d{d}", [LatentPair([next(numbers) for _ in range(c + 3)], [1900]) for c in range(5)]
+        )
+        for d in range(12)
+    ]
+    corpus, epochs = make_store(tmp_path, documents), 2
+    full, masked = (
+        pack(
+            tmp_path / str(context_loss),
+            [SequenceSource(corpus, make_formatter(layout="chunk", context_loss=context_loss))],
+            epochs=epochs,
+            vocab_size=vocab_size,
+        )
+        for context_loss in (True, False)
+    )
+    inputs, labels = full.batch(0, len(full))
+    same_inputs, fewer_labels = masked.batch(0, len(masked))
+    np.testing.assert_array_equal(inputs, same_inputs)
+    has_loss = fewer_labels != IGNORE_INDEX
+    np.testing.assert_array_equal(fewer_labels[has_loss], labels[has_loss])
+    assert (labels[~has_loss] < next(numbers)).all(), "only text and padding lack a loss"
+    counts, full_counts = (Counter(array.flatten().tolist()) for array in (fewer_labels, labels))
+    text = [token for d in documents for pair in d.pairs for token in pair.text]
+    assert {counts[token] for token in text} == {epochs}
+    assert max(full_counts[token] for token in text) > epochs
+    assert all(counts[token] == full_counts[token] for token in (SOL, BOS, EOS, 1900))
+    for step in (0, 1, 7):
+        expected = (fewer_labels[step * 3 :] != IGNORE_INDEX).sum()
+        assert masked.num_target_tokens(step, 3) == expected
+    assert masked.tokens.itemsize == (2 if vocab_size == 2000 else 4)
+    assert full.tokens.dtype == np.uint16
+
+
+def test_the_layout_document_has_a_loss_on_every_token() -> None:
+    """No token is repeated in it, so there is nothing to leave out."""
+    with pytest.raises(UserError, match="context_loss must be true with the layout document"):
+        SequenceConfig(sequence_length=8, layout="document", context_loss=False)
+
+
 def test_context_stops_at_the_start_of_the_document(tmp_path: Path) -> None:
     """The chunks of all documents lie in one file; the first of a document has no context."""
     corpus = make_store(tmp_path, make_documents(5))
@@ -392,4 +437,4 @@ def test_a_budget_is_either_epochs_or_tokens(
 def test_a_sequence_has_two_tokens_or_more() -> None:
     """In a sequence of one token, nothing follows from what stands before."""
     with pytest.raises(UserError, match="sequence_length must be 2 or more, found 1"):
-        SequenceConfig(sequence_length=1, layout="document")
+        SequenceConfig(sequence_length=1, layout="document", context_loss=True)

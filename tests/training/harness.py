@@ -172,6 +172,7 @@ class TrainStage:
             "timings": self.folder / f"{name}-timings",
             "out": self.folder / name,
             "csv": self.folder / f"{name}.csv",
+            "metrics": self.folder / f"{name}.json",
             "db": self.folder / "mlflow.db",
             "artifacts": self.folder / "artifacts",
         }.items():

@@ -171,7 +171,7 @@ def test_a_write_error_of_the_log_does_not_end_the_training(
         for step in range(6):
             if step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-            logger.add(10, 2.0, lr=0.1, grad_norm=1.0, validation={}, last=False)
+            logger.add(10, 2.0, positions=10, lr=0.1, grad_norm=1.0, validation={}, last=False)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capsys.readouterr().err.count("will be written at the end of training") == 1
     assert column(read_log(tmp_path / "a.csv"), "step") == [1, 2, 3, 4, 5, 6]

@@ -44,10 +44,10 @@ def train_run(chunks: Path, parent: Path, out: Path, seed: int, **changes: Any) 
     train |= {"learning_rate": RATE, "log_every": 1, "schedule": WSD, **changes}
     budget = {"kind": "steps", "amount": STEPS}
     params = raw_run_params(budget, SEQUENCE_LENGTH, **train) | {"seed": seed}
-    csv_path, timing_path = out.with_suffix(".csv"), out.with_suffix(".json")
+    reports = out.with_suffix(".csv"), out.with_suffix(".timing"), out.with_suffix(".json")
     run_training(
         build_settings(TrainSettings, params, name="arm"),
-        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, csv_path, timing_path),
+        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, *reports),
     )
     return out
 

@@ -62,7 +62,7 @@ def run_model(
     params = load(tiny.ROOT / "params.yaml")
     params["seed"] = 1
     params["train"] |= {"precision": "float32", "batch_size": BATCH_SIZE, "log_every": 1}
-    params["sequences"] = {"sequence_length": sequence_length, "layout": "document"}
+    params["sequences"] |= {"sequence_length": sequence_length, "layout": "document"}
     params["models"] = {
         "arm": {
             "parent": "base",
@@ -85,6 +85,7 @@ def run_model(
         out=out / "model",
         csv=out / "log.csv",
         timing=out / "timing.json",
+        metrics=out / "metrics.json",
     )
     run_training(build_settings(TrainSettings, params, name="arm"), paths)
     return json.loads((out / "model" / "training.json").read_text("utf-8"))
@@ -99,6 +100,7 @@ def epoch_tokens(
         special_tokens=TextCoder(base).special_tokens,
         sequence_format=sequence_format,
         layout="document",
+        context_loss=True,
         context_chunks=3,
         token_budget=128,
         seed=1,

@@ -8,20 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from boltlm.errors import UserError
+from boltlm.sequences.packing import IGNORE_INDEX, PackedDataset
 from boltlm.timing import read_timing
 from boltlm.training.checkpointing import CheckpointManager
 from boltlm.training.config import ValidationConfig
+from boltlm.training.gradients import accumulate_gradients
+from boltlm.training.loss import CausalLMLoss
 from boltlm.training.metrics_logger import TRAIN_COLUMNS
 from boltlm.training.optimizer import build_optimizers
 from boltlm.training.schedules import learning_rate
 from boltlm.training.trainer import TrainResult
 from tests import tiny
+from tests.training import harness
 from tests.training.harness import (
     NUM_STEPS,
     NUM_TARGETS,
+    SEQUENCE_LENGTH,
+    VOCAB_SIZE,
     column,
     make_model,
     plain_loop,
@@ -49,6 +56,51 @@ def test_training_equals_a_plain_loop(tmp_path: Path) -> None:
     for weight, expected in zip(model.parameters(), expected_model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-3)
     assert not model.training
+
+
+def masked_dataset() -> tuple[PackedDataset, list[harness.Batch]]:
+    """A stream with tokens without a loss, and its batches of three sequences, made by hand. The
+    second batch has no token with a loss."""
+    random = np.random.default_rng(2)
+    stream = random.integers(0, VOCAB_SIZE, 15 * SEQUENCE_LENGTH + 1)
+    masked = random.random(stream.shape) < 0.3
+    masked[3 * SEQUENCE_LENGTH + 1 : 6 * SEQUENCE_LENGTH + 1] = True
+    inputs_RL = stream[:-1].reshape(-1, SEQUENCE_LENGTH)
+    labels_RL = np.where(masked, IGNORE_INDEX, stream)[1:].reshape(-1, SEQUENCE_LENGTH)
+    tokens = np.where(masked, ~stream, stream).astype(np.int16)
+    batches = [(inputs_RL[row : row + 3], labels_RL[row : row + 3]) for row in range(0, 15, 3)]
+    return PackedDataset(tokens, SEQUENCE_LENGTH, np.arange(15), "tests"), batches
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+def test_the_gradient_of_tokens_without_a_loss(micro_batch_size: int | None) -> None:
+    """Loss and gradient are those of the mean cross-entropy over the other tokens."""
+    dataset, batches = masked_dataset()
+    inputs_BL, labels_BL = map(torch.from_numpy, batches[0])
+    plain_model, model = make_model().train(), make_model().train()
+    logits_BLV = plain_model(inputs_BL).logits
+    expected = cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten())
+    expected.backward()
+    config = tiny.train_config(micro_batch_size=micro_batch_size)
+    loss, tokens = accumulate_gradients(CausalLMLoss(model), dataset.batch(0, 3), config)
+    assert tokens == int((labels_BL != IGNORE_INDEX).sum())
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for weight, plain_weight in zip(model.parameters(), plain_model.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, plain_weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_run_with_tokens_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tokens with a loss are counted as trained on; a batch that has none leaves a line of
+    zeros and finite weights."""
+    dataset, batches = masked_dataset()
+    monkeypatch.setattr(harness, "make_dataset", lambda: dataset)
+    model, result = train(tiny.train_config(), tmp_path / "a.csv")
+    log = read_log(tmp_path / "a.csv")
+    tokens = np.cumsum([(labels_BL != IGNORE_INDEX).sum() for _, labels_BL in batches])
+    assert column(log, "tokens") == tokens.tolist()
+    assert result.tokens == tokens[-1]
+    assert (log[1]["loss"], log[1]["grad_norm"]) == (0.0, 0.0)
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
 def test_the_log_accounts_for_every_token(tmp_path: Path) -> None:

@@ -34,14 +34,21 @@ Layout = Literal["document", "chunk"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceConfig:
-    """Section `sequences` of params.yaml. `sequence_length`: of a training sequence, in tokens."""
+    """Section `sequences` of params.yaml. `sequence_length`: of a training sequence, in tokens;
+    `context_loss`: whether the layout `chunk` takes the loss on the context C of a row too."""
 
     sequence_length: int
     layout: Layout
+    context_loss: bool
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be 2 or more, found {self.sequence_length}")
+        if self.layout == "document" and not self.context_loss:
+            raise UserError(
+                "context_loss must be true with the layout document, in which no token is repeated"
+                " as context, found false"
+            )
 
 
 @dataclass(frozen=True, slots=True)

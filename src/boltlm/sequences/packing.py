@@ -2,7 +2,8 @@
 
 A *segment* is what a format makes of one document, chunk or latent (docs/method.md, 3.2). Segments
 are shuffled and concatenated into the stream (3.3). No token is dropped, and only the end of the
-stream is padded. Orders and modes depend on (seed, epoch, document) alone. The stream and the
+stream is padded. In segments and in the stream, a token without a loss is the complement ~id of its
+id, which is negative. Orders and modes depend on (seed, epoch, document) alone. The stream and the
 orders are memory-mapped files: memory does not grow with the corpus, and the batch of any step
 is read directly.
 
@@ -37,12 +38,14 @@ STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
 class SequenceFormatter:
     """Writes documents as segments of one format (docs/method.md, 3.2).
 
-    `token_budget`: the maximum tokens of a chunk and its context together, as in the E-step.
+    `context_loss`: whether the context of a chunk row has a loss. `token_budget`: the maximum
+    tokens of a chunk and its context together, as in the E-step.
     """
 
     special_tokens: SpecialTokens
     sequence_format: SequenceFormat
     layout: Layout
+    context_loss: bool
     context_chunks: int
     token_budget: int
     seed: int
@@ -90,6 +93,8 @@ class SequenceFormatter:
             self.context_chunks,
             self.token_budget - len(pair.text),
         )
+        if not self.context_loss:
+            context = [~token for token in context]
         prior_mode = self.prior_mode(store.doc_id(document), chunk - start, epoch)
         return layouts.format_chunk_row(
             self.special_tokens, context, pair, prior_mode, is_last=chunk == end - 1
@@ -165,8 +170,8 @@ def interleave(
 
 @dataclass(frozen=True, slots=True)
 class PackedDataset:
-    """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream's ids;
-    `digest`: a hash of them."""
+    """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream, with
+    ~id for a token without a loss; `digest`: a hash of it."""
 
     tokens: np.ndarray
     sequence_length: int
@@ -180,27 +185,28 @@ class PackedDataset:
     def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs_BL, labels_BL) of a step, int64. The last batch may be smaller.
 
-        Already shifted: labels_BL[b, i] is the token after inputs_BL[b, i]. Over all batches, every
-        token but the stream's first is a label once. The end of the stream is padded with 0 in the
-        inputs and IGNORE_INDEX in the labels.
+        Already shifted: labels_BL[b, i] is the token after inputs_BL[b, i], or IGNORE_INDEX where
+        that token has no loss. Over all batches, every token with a loss but the stream's first is
+        a label once. The end of the stream is padded with tokens 0 without a loss.
         """
         indices = self.order[step * batch_size : (step + 1) * batch_size]
-        length = self.sequence_length
-        tokens_BT = np.full((len(indices), length + 1), IGNORE_INDEX, dtype=np.int64)
+        tokens_BT = np.full((len(indices), self.sequence_length + 1), ~0, dtype=np.int64)
         for row, index in enumerate(indices):
-            tokens = self.tokens[index * length : (index + 1) * length + 1]
+            tokens = self._sequence(index)
             tokens_BT[row, : len(tokens)] = tokens
-        inputs_BL, labels_BL = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        return np.where(inputs_BL == IGNORE_INDEX, 0, inputs_BL), labels_BL
+        ids_BT = np.maximum(tokens_BT, ~tokens_BT)
+        labels_BT = np.where(tokens_BT < 0, IGNORE_INDEX, tokens_BT)
+        return ids_BT[:, :-1], labels_BT[:, 1:]
 
     def num_target_tokens(self, first_step: int, batch_size: int) -> int:
         """How many tokens the loss is taken on from a step to the end."""
         indices = self.order[first_step * batch_size :]
-        if not len(indices):
-            return 0
-        last = len(self.order) - 1
-        padding = len(self) * self.sequence_length - (len(self.tokens) - 1)
-        return len(indices) * self.sequence_length - (padding if (indices == last).any() else 0)
+        return sum(int((self._sequence(index)[1:] >= 0).sum()) for index in indices)
+
+    def _sequence(self, index: int) -> np.ndarray:
+        """The tokens of a training sequence and the one after it; fewer at the stream's end."""
+        start = index * self.sequence_length
+        return self.tokens[start : start + self.sequence_length + 1]
 
 
 def pack_sequences(
@@ -225,7 +231,9 @@ def pack_sequences(
         folder.mkdir(parents=True, exist_ok=True)
         opened = sources(folder)
         max_tokens = tokens(opened, folder) if callable(tokens) else tokens
-        dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else "i4")
+        has_complements = any(not source.formatter.context_loss for source in opened)
+        small = np.dtype(np.int16 if has_complements else np.uint16)
+        dtype = small if vocab_size <= np.iinfo(small).max + 1 else np.dtype(np.int32)
         _write_stream(opened, folder, epochs, max_tokens, dtype)
     return open_packed(folder, sequence_length, seed)
 

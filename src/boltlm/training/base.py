@@ -110,6 +110,7 @@ def _pack(
         special_tokens=coder.special_tokens,
         sequence_format="raw",
         layout="document",
+        context_loss=True,
         context_chunks=0,
         token_budget=coder.context_length,
         seed=seed,

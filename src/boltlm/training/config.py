@@ -90,15 +90,19 @@ class TrainConfig:
         return {name: value for name, value in asdict(self).items() if name not in EXECUTION_FIELDS}
 
 
+FLOP_MATCHED_KINDS = ("flop_matched_epochs", "flop_matched_history")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingBudget:
     """How long to train (docs/method.md, section 7): `amount` epochs of `data`, tokens, or steps.
 
     `flop_matched_epochs`: as many tokens as `amount` epochs of `data` have in the latent format,
-    whatever the format of the run is; this is the FLOP-matched baseline.
+    whatever the format of the run is; this matches the FLOPs of the last M-step alone.
+    `flop_matched_history`: as many more tokens as cost the FLOPs of the history of `data`.
     """
 
-    kind: Literal["epochs", "tokens", "steps", "flop_matched_epochs"]
+    kind: Literal["epochs", "tokens", "steps", "flop_matched_epochs", "flop_matched_history"]
     amount: int
 
     def __post_init__(self) -> None:
@@ -133,10 +137,15 @@ class ModelEntry:
                 "mix_raw must be 0 where the format is raw and mix_corpus is the run's own corpus,"
                 f" found {self.mix_raw}"
             )
-        if self.budget.kind == "flop_matched_epochs" and self.format == "paraphrase":
+        kind = self.budget.kind
+        if kind in FLOP_MATCHED_KINDS and self.format == "paraphrase":
             raise UserError(
-                "budget.kind flop_matched_epochs needs latents in `data`, but the format is"
-                " paraphrase"
+                f"budget.kind {kind} needs latents in `data`, but the format is paraphrase"
+            )
+        if kind == "flop_matched_history" and not self.data.startswith("latents/"):
+            raise UserError(
+                f"budget.kind {kind} needs `data` in latents/, which has a record of its compute;"
+                f" found {self.data}"
             )
 
 

@@ -33,7 +33,7 @@ def accumulate_gradients(
     module: torch.nn.Module, batch: tuple[np.ndarray, np.ndarray], config: TrainConfig
 ) -> tuple[float, int]:
     """Add the gradient of the batch's mean loss to the parameters; return that loss (nats per
-    target token) and the number of target tokens.
+    target token) and the number of target tokens. Without a target token both are 0.
 
     `batch`: inputs_BL and labels_BL. Every process takes the same number of its sequences, some of
     them padding if necessary, and works through them in micro-batches.
@@ -60,9 +60,9 @@ def accumulate_gradients(
         with distributed.gradient_sync(module, start + size >= local_size):
             with autocast:
                 loss = module(inputs[start : start + size], labels[start : start + size])
-            (loss * (world_size / tokens)).backward()
+            (loss * (world_size / max(tokens, 1))).backward()
         total += loss.detach()
-    return float(distributed.all_reduce_sum(total)) / tokens, tokens
+    return float(distributed.all_reduce_sum(total)) / max(tokens, 1), tokens
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -9,22 +9,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from boltlm import checkpoint
-from boltlm.sequences.packing import (
-    open_packed,
-    packing_stats,
-)
+from boltlm.sequences.packing import open_packed, packing_stats
 from boltlm.shard_store import exclusive_lock
 from boltlm.training import checkpointing, distributed
 from boltlm.training.checkpointing import PREDECAY_FILE, CheckpointManager
+from boltlm.training.compute import training_flops_per_token
 from boltlm.training.config import TrainConfig
-from boltlm.training.continual import (
-    OPTIMIZER_FILE,
-    ContinualState,
-)
+from boltlm.training.continual import OPTIMIZER_FILE, ContinualState
 from boltlm.training.metrics_logger import LineLogger
 from boltlm.training.trainer import TrainResult, ValidationHook, model_weights, train_model
 
 FINAL_FOLDER, PREDECAY_FOLDER = "final", "predecay"  # of a model of the schedule `wsd`
+PackingStats = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +52,7 @@ def train_and_publish(
     *,
     pack: Callable[[Path], object],
     load_model: Callable[[], PreTrainedModel],
+    record_compute: Callable[[int, PackingStats], None] | None = None,
     validation_hook: ValidationHook | None = None,
     line_logger: LineLogger | None = None,
 ) -> None:
@@ -63,7 +60,9 @@ def train_and_publish(
     the unfinished work.
 
     `pack` writes the sequences into the folder of unfinished work, in the main process;
-    `load_model` returns the model to train. Must be called in every process.
+    `load_model` returns the model to train; `record_compute` is called in the main process when the
+    model is written, with the FLOPs of training on a token and the statistics of the sequences.
+    Must be called in every process.
     """
     process = distributed.process_state()
     with exclusive_lock(job.work, job.what, acquire=process.is_main_process):
@@ -73,6 +72,7 @@ def train_and_publish(
         dataset = open_packed(job.work, job.sequence_length, job.seed)
         checkpoint.keep_freed_memory()
         model = load_model()
+        flops_per_token = training_flops_per_token(model, job.sequence_length)
         checkpoints = CheckpointManager(job.work, job.config.checkpoint_every, job.what)
         result = train_model(
             model,
@@ -88,14 +88,18 @@ def train_and_publish(
             timing_path=job.timing,
         )
         if process.is_main_process:
-            _publish(job, model, result)
+            stats = packing_stats(job.work)
+            _publish(job, model, result, stats)
+            if record_compute is not None:
+                record_compute(flops_per_token, stats)
             checkpoints.clear()
         process.wait_for_everyone()
 
 
-def _publish(job: TrainingJob, model: PreTrainedModel, result: TrainResult) -> None:
+def _publish(
+    job: TrainingJob, model: PreTrainedModel, result: TrainResult, stats: PackingStats
+) -> None:
     """Write the trained model and, where it is wanted, the state before the decay beside it."""
-    stats = packing_stats(job.work)
     facts = {**stats, **job.facts, "steps": result.steps, "tokens": result.tokens}
     # Of an earlier run with another schedule; `final` would be taken for this run's weights.
     for name in (FINAL_FOLDER, PREDECAY_FOLDER):

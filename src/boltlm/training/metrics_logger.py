@@ -21,7 +21,8 @@ class MetricsLogger:
     The columns of the CSV file are TRAIN_COLUMNS; `loss` is the mean over the tokens since the
     previous line. `timings` holds the wall-clock figures, which are not reproducible, of each
     line: step, tokens_per_second, mfu, memory_mib and seconds (of training, pauses included).
-    `line_logger` receives both together.
+    tokens_per_second counts positions, whether or not their token has a loss. `line_logger`
+    receives both together.
 
     `path`: None in a process that writes no file. `ideal_seconds_per_token`: the time that a token
     takes at the peak rate of the hardware, for the MFU. `peak_memory_mib`: returns the maximum
@@ -51,6 +52,7 @@ class MetricsLogger:
         self.timings: list[dict[str, float]] = [*state.get("timings", [])]
         self.loss_sum: float = state.get("loss_sum", 0.0)  # since the previous line
         self.line_tokens: int = state.get("line_tokens", 0)  # since the previous line
+        self.line_positions: int = state.get("line_positions", 0)  # since the previous line
         self.first_loss: float | None = state.get("first_loss")  # of the run's first step
         self.line_started = time.monotonic()
         self.started = self.line_started - state.get("seconds", 0.0)
@@ -64,6 +66,7 @@ class MetricsLogger:
             "timings": self.timings,
             "loss_sum": self.loss_sum,
             "line_tokens": self.line_tokens,
+            "line_positions": self.line_positions,
             "first_loss": self.first_loss,
             "seconds": time.monotonic() - self.started,
         }
@@ -100,24 +103,27 @@ class MetricsLogger:
         tokens: int,
         loss: float,
         *,
+        positions: int,
         lr: float,
         grad_norm: float,
         validation: Mapping[str, float],
         last: bool,
     ) -> None:
-        """Log one step. A step with validation metrics has a line of its own, in which a metric
-        that is not finite is left blank."""
+        """Log one step of `tokens` tokens with a loss at `positions` positions. A step with
+        validation metrics has a line of its own, in which a metric that is not finite is left
+        blank."""
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.step += 1
         self.tokens += tokens
         self.line_tokens += tokens
+        self.line_positions += positions
         self.loss_sum += loss * tokens
         if not (last or validation or self.step % self.every == 0):
             return
         cells = {
             "step": f"{self.step}",
             "tokens": f"{self.tokens}",
-            "loss": f"{self.loss_sum / self.line_tokens:.6f}",
+            "loss": f"{self.loss_sum / max(self.line_tokens, 1):.6f}",
             "lr": f"{lr:.6g}",
             "grad_norm": f"{grad_norm:.4f}",
             **{name: f"{value:.6f}" for name, value in validation.items() if math.isfinite(value)},
@@ -126,11 +132,12 @@ class MetricsLogger:
         self.lines.append([cells.get(name, "") for name in TRAIN_COLUMNS])
         self._write(self.lines[-1:])
         self._send(self.lines[-1], self.timings[-1])
-        self.line_started, self.loss_sum, self.line_tokens = time.monotonic(), 0.0, 0
+        self.line_started, self.loss_sum = time.monotonic(), 0.0
+        self.line_tokens = self.line_positions = 0
 
     def _timing(self) -> dict[str, float]:
         now = time.monotonic()
-        tokens_per_second = self.line_tokens / max(now - self.line_started, 1e-9)
+        tokens_per_second = self.line_positions / max(now - self.line_started, 1e-9)
         return {
             "step": self.step,
             "tokens_per_second": round(tokens_per_second),

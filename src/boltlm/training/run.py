@@ -10,21 +10,16 @@ from transformers import PreTrainedModel
 from boltlm import checkpoint
 from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
+from boltlm.records import write_json
 from boltlm.sequences import store
 from boltlm.sequences.layouts import SequenceFormat
-from boltlm.sequences.packing import (
-    SequenceFormatter,
-    SequenceSource,
-    pack_sequences,
-)
+from boltlm.sequences.packing import SequenceFormatter, SequenceSource, pack_sequences
 from boltlm.tokens import TextCoder, chunk_token_budget
 from boltlm.training import distributed
-from boltlm.training.config import TrainSettings
-from boltlm.training.continual import (
-    check_moments,
-    load_continual_state,
-)
-from boltlm.training.job import PREDECAY_FOLDER, TrainingJob, train_and_publish
+from boltlm.training.compute import artifact_key, read_compute, write_compute
+from boltlm.training.config import FLOP_MATCHED_KINDS, TrainSettings
+from boltlm.training.continual import check_moments, load_continual_state
+from boltlm.training.job import PREDECAY_FOLDER, PackingStats, TrainingJob, train_and_publish
 from boltlm.training.metrics_logger import LineLogger
 from boltlm.training.trainer import ValidationHook
 
@@ -33,7 +28,8 @@ from boltlm.training.trainer import ValidationHook
 class TrainPaths:
     """What the stage reads and writes. `parent`: the parent's model folder; `chunks`, `mixed`: the
     chunks of the corpus and of `mix_corpus`; `data`: latents or paraphrases; `work`: the folder of
-    unfinished work; `out`: the model folder; `csv`, `timing`: the log and its wall-clock figures.
+    unfinished work; `out`: the model folder; `csv`, `timing`: the log and its wall-clock figures;
+    `metrics`: the counts of tokens and FLOPs.
     """
 
     parent: Path
@@ -44,6 +40,7 @@ class TrainPaths:
     out: Path
     csv: Path
     timing: Path
+    metrics: Path
 
 
 def run_training(
@@ -74,6 +71,7 @@ def run_training(
         job,
         pack=lambda folder: _pack(settings, paths, coder, folder),
         load_model=load_model,
+        record_compute=lambda flops, stats: _record_compute(settings, paths, flops, stats),
         validation_hook=validation_hook,
         line_logger=line_logger,
     )
@@ -129,7 +127,7 @@ def _work_key(
             "data": hash_path(paths.data) if paths.data.is_dir() else None,
             "mixed": hash_path(paths.mixed) if model.mix_raw else None,
             "train": dict(train_facts),
-            "sequences": [settings.sequences.layout, model.format, model.mix_raw],
+            "sequences": [asdict(settings.sequences), model.format, model.mix_raw],
             "budget": asdict(model.budget),
             "context": [settings.context_chunks, settings.max_latent_tokens],
             "seed": settings.seed,
@@ -145,7 +143,7 @@ def _pack(settings: TrainSettings, paths: TrainPaths, coder: TextCoder, folder: 
     by_epochs = budget.kind == "epochs"
 
     def num_tokens(sources: Sequence[SequenceSource], scratch: Path) -> int:
-        return _num_tokens(settings, coder, sources, scratch)
+        return _num_tokens(settings, paths, coder, sources, scratch)
 
     pack_sequences(
         lambda scratch: _sequence_sources(settings, paths, coder, scratch),
@@ -167,7 +165,7 @@ def _sequence_sources(
     if model.format == "paraphrase":
         documents = store.read_paraphrases(paths.data, coder)
     else:
-        is_raw = model.format == "raw" and model.budget.kind != "flop_matched_epochs"
+        is_raw = model.format == "raw" and model.budget.kind not in FLOP_MATCHED_KINDS
         documents = store.read_tokenized(paths.chunks, None if is_raw else paths.data)
     main_store = store.write_documents(scratch / "documents", documents)
     formatter = _formatter(settings, coder, model.format)
@@ -181,13 +179,21 @@ def _sequence_sources(
 
 
 def _num_tokens(
-    settings: TrainSettings, coder: TextCoder, sources: Sequence[SequenceSource], scratch: Path
+    settings: TrainSettings,
+    paths: TrainPaths,
+    coder: TextCoder,
+    sources: Sequence[SequenceSource],
+    scratch: Path,
 ) -> int:
     """The number of tokens of a budget that is not in epochs."""
     budget, config = settings.model.budget, settings.model.train
-    if budget.kind == "flop_matched_epochs":
+    if budget.kind in FLOP_MATCHED_KINDS:
         latent_source = SequenceSource(sources[0].store, _formatter(settings, coder, "latent"))
-        return latent_source.num_tokens(budget.amount, scratch)
+        tokens = latent_source.num_tokens(budget.amount, scratch)
+        if budget.kind == "flop_matched_history":
+            data = read_compute(paths.data)
+            tokens += -(-data.history_flops // data.flops_per_token)
+        return tokens
     if budget.kind == "steps":
         return budget.amount * config.batch_size * settings.sequences.sequence_length + 1
     return budget.amount
@@ -200,7 +206,32 @@ def _formatter(
         special_tokens=coder.special_tokens,
         sequence_format=sequence_format,
         layout=settings.sequences.layout,
+        context_loss=settings.sequences.context_loss,
         context_chunks=settings.context_chunks,
         token_budget=chunk_token_budget(coder.context_length, settings.max_latent_tokens),
         seed=settings.seed,
     )
+
+
+def _record_compute(
+    settings: TrainSettings, paths: TrainPaths, flops_per_token: int, stats: PackingStats
+) -> None:
+    """Write the model's ComputeRecord, and the metrics made of it. A raw run takes nothing from its
+    data but a number of tokens, so its history is that of its parent."""
+    model, (kind, _, _) = settings.model, settings.model.data.partition("/")
+    history = [] if model.parent == "base" else [read_compute(paths.parent).lineage]
+    if kind == "latents" and model.format != "raw":
+        history.append(read_compute(paths.data).lineage)
+    if kind == "teacher" and model.format != "raw":
+        written = stats["raw_tokens" if model.format == "paraphrase" else "latent_tokens"]
+        history.append({artifact_key(model.data, paths.data): written * flops_per_token // 3})
+    training_tokens = stats["tokens"] - 1
+    record = write_compute(
+        paths.out,
+        f"models/{settings.name}",
+        flops=training_tokens * flops_per_token,
+        flops_per_token=flops_per_token,
+        history=history,
+    )
+    metrics = {"training_tokens": training_tokens, "training_flops": record.own_flops}
+    write_json(paths.metrics, {**metrics, "history_flops": record.history_flops})

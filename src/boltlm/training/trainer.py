@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from boltlm.errors import UserError
 from boltlm.progress import Progress
 from boltlm.timing import write_timing
-from boltlm.training import attention, checkpointing, distributed, flops
+from boltlm.training import attention, checkpointing, distributed, hardware
 from boltlm.training.checkpointing import PREDECAY_FILE, CheckpointManager
+from boltlm.training.compute import training_flops_per_token
 from boltlm.training.config import TrainConfig
 from boltlm.training.continual import ContinualState, predecay_step
 from boltlm.training.gradients import TrainingDataset, accumulate_gradients, step_seed
@@ -128,13 +130,13 @@ class Trainer:
         continual: ContinualState | None,
     ) -> MetricsLogger:
         """The logger of this run; it continues the log of the run that is resumed."""
-        peak_flops = flops.peak_flops(self.device, self.dtype) * self.process.num_processes
-        sequence_length = self.dataset.sequence_length
+        peak_flops = hardware.peak_flops(self.device, self.dtype) * self.process.num_processes
+        flops_per_token = training_flops_per_token(self.model, self.dataset.sequence_length)
         return MetricsLogger(
             csv_path,
             every=self.config.log_every,
-            ideal_seconds_per_token=flops.flops_per_token(self.model, sequence_length) / peak_flops,
-            peak_memory_mib=lambda: flops.peak_memory_mib(self.device),
+            ideal_seconds_per_token=flops_per_token / peak_flops,
+            peak_memory_mib=lambda: hardware.peak_memory_mib(self.device),
             steps=continual.steps if continual else 0,
             tokens=continual.tokens if continual else 0,
             state=self.logger_state,
@@ -162,7 +164,8 @@ class Trainer:
             continual=self.is_continual,
         )
         torch.manual_seed(step_seed(self.seed, step))
-        loss, tokens = self._backward(step)
+        batch = self.dataset.batch(step, self.config.batch_size)
+        loss, tokens = self._backward(batch)
         norm: Any = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm
         )
@@ -178,7 +181,15 @@ class Trainer:
         if validation_hook and self._validates_after(step):
             with logger.paused():
                 validation = self._validate(validation_hook)
-        logger.add(tokens, loss, lr=lr, grad_norm=grad_norm, validation=validation, last=is_last)
+        logger.add(
+            tokens,
+            loss,
+            positions=batch[0].size,
+            lr=lr,
+            grad_norm=grad_norm,
+            validation=validation,
+            last=is_last,
+        )
         if self.checkpoints.is_due(step + 1, self.steps):
             self._save_checkpoint(step + 1, logger)
         return loss, tokens
@@ -209,10 +220,9 @@ class Trainer:
             distributed.load_full_state(self.module, self.optimizers, {"optimizers": moments})
         return checkpoint
 
-    def _backward(self, step: int) -> tuple[float, int]:
-        """`accumulate_gradients` of the step's batch. Raises UserError where the GPU's memory does
-        not suffice."""
-        batch = self.dataset.batch(step, self.config.batch_size)
+    def _backward(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[float, int]:
+        """`accumulate_gradients` of a batch. Raises UserError where the GPU's memory does not
+        suffice."""
         try:
             return accumulate_gradients(self.module, batch, self.config)
         except torch.OutOfMemoryError as error:

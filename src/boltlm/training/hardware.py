@@ -1,31 +1,13 @@
-"""Model FLOPs utilization (MFU): the arithmetic of training, and the peak rate of the hardware."""
+"""What the hardware can do and what a run takes of it: peak rate and memory, measured here."""
 
 import resource
 import time
 from functools import cache
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product is timed
 TIMED_PRODUCTS = 5
-
-
-def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
-    """Floating-point operations of a training step for each token.
-
-    Six for each weight that takes part in a matrix product, and those of causal attention, which
-    covers half of the sequence on average. What activation checkpointing recomputes is not
-    counted.
-    """
-    config = model.config
-    embedding: Any = model.get_input_embeddings()
-    tied = embedding.weight is getattr(model.get_output_embeddings(), "weight", None)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    matmul_weights = num_weights - (0 if tied else embedding.weight.numel())
-    attention = 6 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return 6 * matmul_weights + attention
 
 
 @cache
