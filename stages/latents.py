@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.estep.compute import count_estep_tokens, record_estep_compute
+from boltlm.estep.compute import record_estep_compute
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
 from boltlm.params import load_settings
@@ -41,7 +41,7 @@ def main() -> None:
         out=args.out,
         histogram_path=args.histogram,
     )
-    tokens = count_estep_tokens(settings, model=args.model, chunks=args.chunks, out=args.out)
+    tokens = int(metrics["forward_tokens"])
     compute = record_estep_compute(args.name, tokens, model=args.model, out=args.out)
     write_json(args.metrics, {**metrics, **compute})
     if timing:

@@ -28,8 +28,13 @@ def small_params() -> dict[str, Any]:
     }
     params["questions"]["count"] = 0
     params["latents"] = {
-        "em1": {"model": "warmstart", "corpus": "em", "selection": "weighted"},
-        "uniform": {"model": "warmstart", "corpus": "em", "selection": "uniform"},
+        "em1": {"model": "warmstart", "corpus": "em", "k_samples": None, "selection": "weighted"},
+        "uniform": {
+            "model": "warmstart",
+            "corpus": "em",
+            "k_samples": None,
+            "selection": "uniform",
+        },
     }
     params |= {"max_latent_tokens": 8, "k_samples": 3, "context_chunks": 2}
     params["sampling"]["batch_tokens"] = 4096

@@ -49,7 +49,7 @@ def test_the_measures_are_near_the_exact_ones(enumerable: tiny.Tiny, tmp_path: P
         context: list[int] = []
         for tokens in documents[doc_id]:
             parts = [
-                reference.parts(model64, special, context, tokens, latent)
+                reference.parts(model64, special, context, tokens, latent, MAX_LATENT_TOKENS)
                 for latent in reference.latents(tiny.ORDINARY, MAX_LATENT_TOKENS)
             ]
             joint = [part.log_p_latent + part.log_p_text for part in parts]

@@ -47,7 +47,7 @@ def report_params(
         "teachers": {"some": {}, "all": {}},
         "train": load(ROOT / "params.yaml")["train"],
         "latents": {
-            name: {"model": by, "corpus": "em", "selection": "weighted"}
+            name: {"model": by, "corpus": "em", "k_samples": None, "selection": "weighted"}
             for name, by in latents.items()
         },
         "models": dict(models),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from boltlm.errors import UserError
-from boltlm.estep.compute import count_estep_tokens, record_estep_compute
+from boltlm.estep.compute import record_estep_compute
 from boltlm.estep.config import EStepSettings
-from boltlm.estep.run import draw_latents
+from boltlm.estep.run import run_estep
 from boltlm.params import build_settings, load
-from boltlm.records import Chunk, Sample, TeacherLatent, read_table, write_shard
+from boltlm.records import Chunk, Document, Sample, TeacherLatent, read_table, write_shard
 from boltlm.training.compute import ComputeRecord, read_compute, write_compute
 from boltlm.training.config import TrainSettings
 from boltlm.training.run import TrainPaths, run_training
@@ -73,17 +73,16 @@ class Experiment:
         settings = build_settings(EStepSettings, self.params, name=name)
         model = self.folder / "models" / settings.entry.model
         out = self.folder / "data" / "latents" / name
-        draw_latents(
+        diagnostics, _ = run_estep(
             settings,
-            name,
             model=model,
+            split=self.folder / "data" / "split" / "em",
             chunks=self.chunks,
             work=self.folder / "work",
             out=out,
-            num_samples=settings.k_samples,
-            what="tests",
+            histogram_path=self.folder / f"{name}-histogram.csv",
         )
-        tokens = count_estep_tokens(settings, model=model, chunks=self.chunks, out=out)
+        tokens = int(diagnostics["forward_tokens"])
         metrics = record_estep_compute(name, tokens, model=model, out=out)
         record = read_compute(out)
         assert metrics == {
@@ -128,6 +127,11 @@ def create_experiment(folder: Path, base: Path, *, chain: bool) -> Experiment:
     ]
     write_shard(folder / "data" / "chunks" / "em" / "00000.parquet", Chunk, chunks)
     write_shard(folder / "data" / "teacher" / "t" / "00000.parquet", TeacherLatent, latents)
+    documents = [
+        Document(doc_id=doc_id, text="", source="tests")
+        for doc_id in dict.fromkeys(chunk.doc_id for chunk in chunks)
+    ]
+    write_shard(folder / "data" / "split" / "em" / "00000.parquet", Document, documents)
     (folder / "models").mkdir()
     (folder / "models" / "base").symlink_to(base)
     params = load(tiny.ROOT / "params.yaml")

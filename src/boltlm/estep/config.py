@@ -58,11 +58,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsEntry:
-    """Params entry `latents.<name>`: the model that samples latents, the corpus, and how one of the
-    K latents of a chunk is selected: by its weight, eq. (4), or, as a control, uniformly."""
+    """Params entry `latents.<name>`: the model that samples latents, the corpus, K (null: the key
+    `k_samples` of params.yaml), and how one of the K latents of a chunk is selected: by its weight,
+    eq. (4), or, as a control, uniformly."""
 
     model: Annotated[str, EntryName("models")]
     corpus: Annotated[str, EntryName("corpora")]
+    k_samples: PositiveInt | None
     selection: Selection
 
 
@@ -84,11 +86,17 @@ class DrawSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EStepSettings(DrawSettings):
-    """Settings of the stage `latents`. `k_samples`: K, the number of latents per chunk."""
+    """Settings of the stage `latents`. `k_samples`: K for the entries that have none of their
+    own."""
 
     name: str
     k_samples: PositiveInt
     entry: LatentsEntry = from_key("latents.{name}")
+
+    @property
+    def num_samples(self) -> int:
+        """K, the number of latents drawn for a chunk."""
+        return self.entry.k_samples or self.k_samples
 
     @property
     def selection(self) -> Selection:

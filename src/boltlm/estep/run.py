@@ -41,7 +41,7 @@ def run_estep(
         chunks=chunks,
         work=work,
         out=out,
-        num_samples=settings.k_samples,
+        num_samples=settings.num_samples,
         what=f"latents {settings.name}",
     )
     diagnostics, tokens = WeightDiagnostics(), 0

@@ -1,7 +1,7 @@
 """The numbers of the whole experiment, read from the metrics folder; missing files are skipped.
 
-    <metrics>/eval/<model>.json   <metrics>/latents/<entry>.json   <metrics>/train/<model>.csv
-    <metrics>/finetune/<run>.json
+    <metrics>/eval/<model>.json   <metrics>/train/<model>.json   <metrics>/train/<model>.csv
+    <metrics>/latents/<entry>.json   <metrics>/finetune/<run>.json
 
 Only the entries of params.yaml are read: files that another preset left behind are not part of the
 experiment. Wall-clock figures lie outside the metrics folder, because they differ between runs of
@@ -42,7 +42,8 @@ class Estimate:
 class Results:
     """What is known of an experiment; values that are null or text are not included.
 
-    `evaluation` is keyed by model and `finetuning` by run of `finetune`. `diagnostics`,
+    `evaluation` is keyed by model, `training` (tokens and FLOPs) by model and by parent model, and
+    `finetuning` by run of `finetune`. `diagnostics`,
     `generators` (the model that sampled the latents) and `histograms` (bins of their log w) are
     keyed by entry of `latents`. `curves` holds the lines of the training curves, keyed by model and
     by parent model. `timings` holds measured wall-clock figures, keyed by model and by
@@ -51,6 +52,7 @@ class Results:
 
     arms: tuple[Arm, ...]
     evaluation: Mapping[str, Metrics]
+    training: Mapping[str, Metrics]
     finetuning: Mapping[str, Metrics]
     diagnostics: Mapping[str, Metrics]
     generators: Mapping[str, str]
@@ -93,6 +95,9 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
         evaluation={
             name: _read_json(metrics / "eval" / f"{name}.json") for name in (*models, BASE_MODEL)
         },
+        training={
+            name: _read_json(path.with_suffix(".json")) for name, path in curve_paths.items()
+        },
         finetuning={
             name: _read_json(metrics / "finetune" / f"{name}.json")
             for name in settings.finetune_runs
@@ -125,12 +130,13 @@ def experiment_points(results: Results) -> list[MetricPoint]:
 
 
 def run_points(results: Results) -> dict[str, list[MetricPoint]]:
-    """The points of each part of the experiment: of a model its training curve and its evaluation,
-    of `finetune/<run>` the metrics of that run, of `latents/<entry>` the diagnostics of those
-    latents; with each part the wall-clock figures measured for it."""
+    """The points of each part of the experiment: of a model its training curve, the totals of its
+    training and its evaluation, of `finetune/<run>` the metrics of that run, of `latents/<entry>`
+    the diagnostics of those latents; with each part the wall-clock figures measured for it."""
     points: dict[str, list[MetricPoint]] = {}
     for model, lines in results.curves.items():
-        points[model] = _points(lines) + _points([results.evaluation.get(model, {})])
+        totals = [results.training[model], results.evaluation.get(model, {})]
+        points[model] = _points(lines) + _points(totals)
     for run, metrics in results.finetuning.items():
         points[f"finetune/{run}"] = _points([metrics])
     for entry, diagnostics in results.diagnostics.items():

@@ -75,7 +75,7 @@ def read_compute(folder: Path) -> ComputeRecord:
 
 
 def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
-    """Floating-point operations of a training step for each token, eq. (13): six for each weight
+    """Floating-point operations of a training step for each token, eq. (14): six for each weight
     that takes part in a matrix product, and those of causal attention, which covers half of the
     sequence on average. What activation checkpointing recomputes is not counted."""
     config = model.config
