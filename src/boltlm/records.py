@@ -32,9 +32,11 @@ _R = TypeVar("_R", bound=Record)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text X. `latent`: one latent for the document; `thoughts`: one for each sentence; a source
-    may have either or neither. `cluster` names what makes documents and questions dependent, such
-    as the problem, book or site behind them; None: the document is independent of all others."""
+    """A text X. `latent`: one latent for the document; `thoughts`: one for each sentence (empty: it
+    needs no thought; None: it has none); a source may have either or neither. `cluster` names what
+    makes documents and questions dependent, such as the problem, book or site behind them; None:
+    the document is independent of all others. `log_prob`: log p of the text in nats under the
+    distribution that it was drawn from, where that is known."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -44,6 +46,7 @@ class Document:
             "cluster": pa.string(),
             "latent": pa.string(),
             "thoughts": _TEXTS,
+            "log_prob": pa.float64(),
         }
     )
     doc_id: str
@@ -51,17 +54,19 @@ class Document:
     source: str
     cluster: str | None = None
     latent: str | None = None
-    thoughts: tuple[str, ...] | None = None
+    thoughts: tuple[str | None, ...] | None = None
+    log_prob: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
     """A held-out question: the document up to its final claim, the sentence "<stem> <answer>.".
-    `cluster` as in `Document`."""
+    `subject`: the group of questions that it belongs to; `cluster` as in `Document`."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
             "question_id": pa.string(),
+            "subject": pa.string(),
             "prompt": pa.string(),
             "stem": pa.string(),
             "answer": pa.string(),
@@ -70,6 +75,7 @@ class Question:
         }
     )
     question_id: str
+    subject: str
     prompt: str
     stem: str
     answer: str

@@ -54,7 +54,7 @@ def write_model(
         scores.append(
             DocumentScore(
                 doc_id=f"d{d}", cluster=f"c{d // 2}", tokens=sum(lengths), nll=nll,
-                nll_in_context=0.1 * sum(lengths) - bound,
+                nll_in_context=0.1 * sum(lengths) - bound, log_prob=None,
             )
         )  # fmt: skip
     write_shard(folder / "raw" / "held" / "00000.parquet", DocumentScore, scores)
@@ -206,7 +206,8 @@ def test_models_without_anything_in_common(tmp_path: Path) -> None:
         compare.paired_differences(one, tmp_path / "none", "held")
     path = tmp_path / "two" / "raw" / "held" / "00000.parquet"
     for doc_id, message in (("z", "no documents in common"), ("d0", "different tokenizers")):
-        score = DocumentScore(doc_id=doc_id, cluster="", tokens=3, nll=1.0, nll_in_context=1.0)
+        values: dict[str, Any] = {"doc_id": doc_id, "cluster": "", "tokens": 3, "log_prob": None}
+        score = DocumentScore(**values, nll=1.0, nll_in_context=1.0)
         write_shard(path, DocumentScore, [score])
         with pytest.raises(UserError, match=message):
             compare.paired_differences(one, tmp_path / "two", "held")

@@ -73,9 +73,9 @@ def task_prompts(
 def test_examples_of_generated_pages(
     space: ThoughtSpace, base_coder: TextCoder, tmp_path: Path
 ) -> None:
-    """Of two rounds, the second one's result is the answer and its derivation the thought; the ids
-    of the prompt are those of the prompt of the corresponding held-out question."""
-    pages = tiny.pages(min_rounds=2, max_rounds=2, min_steps=1, max_steps=1)
+    """The result of a page is the answer and its derivation the thought; the ids of the prompt are
+    those of the prompt of the corresponding held-out question."""
+    pages = tiny.pages(min_steps=1, max_steps=3)
     documents = list(itertools.islice(generated.generate_documents(pages, seed=1), 3))
     thoughts = read_thoughts(tmp_path / "split" / "em", documents)
     examples = list(
@@ -87,7 +87,13 @@ def test_examples_of_generated_pages(
         assert page.thoughts is not None
         prompt, cue, answer = page.text.rpartition(" It stops at ")
         questions.append(
-            Question(question_id=page.doc_id, prompt=prompt, stem="It stops at", answer=answer)
+            Question(
+                question_id=page.doc_id,
+                subject="",
+                prompt=prompt,
+                stem="It stops at",
+                answer=answer,
+            )
         )
         thought, ending = page.thoughts[-1], f"{cue}{answer}{EOS}"
         if space == "latent":
@@ -221,7 +227,10 @@ class SmallStage:
         ]
         write_shard(self.split / "em" / "0.parquet", Document, pages)
         self.write_questions(
-            [Question(question_id=n, prompt=f"{n}.", stem="It is", answer=a) for n, a in numbers]
+            [
+                Question(question_id=n, subject="", prompt=f"{n}.", stem="It is", answer=a)
+                for n, a in numbers
+            ]
         )
         self.params = load(tiny.ROOT / "params.yaml")
         self.params["evaluate"] |= {
@@ -341,7 +350,9 @@ def test_nothing_is_computed_twice(small: SmallStage, monkeypatch: pytest.Monkey
 def test_new_questions_are_answered(small: SmallStage) -> None:
     """After the split was made again under the same path, the old answers are not used."""
     small.run()
-    small.write_questions([Question(question_id="new", prompt="Ann.", stem="It is", answer="3")])
+    small.write_questions(
+        [Question(question_id="new", subject="", prompt="Ann.", stem="It is", answer="3")]
+    )
     metrics, answers = small.run()
     assert ({a.question_id for a in answers}, metrics[f"{NAME}/questions"]) == ({"new"}, 1)
 

@@ -97,9 +97,20 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     questions = [
         Question(
-            question_id="q7", prompt="A dial is at 3. Up 4.", stem="It is", answer="7", cluster="c"
+            question_id="q7",
+            subject="up",
+            prompt="A dial is at 3. Up 4.",
+            stem="It is",
+            answer="7",
+            cluster="c",
         ),
-        Question(question_id="q2", prompt=" A dial is at 9. Down 7.", stem="It is", answer="2"),
+        Question(
+            question_id="q2",
+            subject="down",
+            prompt=" A dial is at 9. Down 7.",
+            stem="It is",
+            answer="2",
+        ),
     ]
     write_shard(folder / "00000.parquet", Question, questions)
     return folder

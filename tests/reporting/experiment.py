@@ -92,10 +92,10 @@ def evaluation_metrics(index: int, *, raw: bool) -> dict[str, float | None]:
             metrics |= {name: -2 - offset + index / 8, f"{name}_se": 0.02}
         metrics |= {
             "questions/standard/latent/accuracy": 0.3 + index / 32,
-            "exact_match": index / 16,
+            "numbers_match": index / 16,
             "math/synthetic/latent/accuracy": 0.1 + index / 64,
         }
-        metrics |= {"exact_match_selected": index / 12, "latent_tokens_mean": 20.0 + index}
+        metrics |= {"numbers_match_selected": index / 12, "latent_tokens_mean": 20.0 + index}
         metrics |= {"ess_mean": 2 + index / 8, "masked_mass": 0.0, "ess_p10": None}
         metrics |= {"distinct_latents_mean": 1 + index / 8}
         for size in (4, 64):
@@ -130,7 +130,7 @@ def write_metrics(params: dict[str, Any], root: Path) -> None:
             "ess_mean": 2.5,
             "samples": 1600,
             "masked_mass": 0.125,
-            "exact_match": None,
+            "numbers_match": None,
         }
         (root / "metrics/latents" / f"{name}.json").write_text(json.dumps(diagnostics))
         lines = [f"{low / 2},{low / 2 + 0.5},{count}" for low, count in histogram(index)]

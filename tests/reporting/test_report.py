@@ -111,7 +111,7 @@ def test_fractions_are_shown_in_percent(tmp_path: Path) -> None:
         for axes in plot.figure.axes
     }
     assert percent == {
-        "latents identical to the reference": True,
+        "latents with the reference's numbers": True,
         "tokens per latent": False,
         "effective sample size (K = 4)": False,
         "distinct latents of a chunk": False,

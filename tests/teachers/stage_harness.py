@@ -143,14 +143,12 @@ class TeacherStage:
     folder: Path
     base: Path
     documents: int = 16
-    rounds: int = 1
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.params = load(tiny.ROOT / "params.yaml")
         self.params["corpora"] = {"em": {"documents": self.documents, "source": {}}}
-        self.params["corpus"] |= {"min_rounds": self.rounds, "max_rounds": self.rounds}
         self.params["questions"]["count"] = 0
         self.params["evaluate"]["corpus"] = "em"
         self.params["split"]["shard_documents"] = -(-self.documents // 2)

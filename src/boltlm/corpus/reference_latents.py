@@ -18,7 +18,8 @@ def chunk_latents(document: Document, chunks: list[Chunk]) -> list[str | None]:
     """The reference latent of each chunk of a document, None where the data have none for it.
 
     If the document has a thought for each sentence, a chunk gets the thoughts of the sentences that
-    it overlaps; a thought that consecutive sentences share appears once. If it has a single latent,
+    it overlaps; a thought that consecutive sentences share appears once, and where none of them
+    needs a thought the latent is empty. If it has a single latent,
     the last chunk gets it, because that is where the document concludes.
     Raises UserError where the document has neither, or where the numbers of thoughts and sentences
     differ.
@@ -39,7 +40,8 @@ def document_thought(document: Document) -> str | None:
 
 
 def reference_latents(split: Path, chunks: Path) -> dict[tuple[str, int], str]:
-    """The reference latents of a corpus by (doc_id, chunk); chunks that have none are absent.
+    """The reference latents of a corpus by (doc_id, chunk); chunks that have none, or an empty one,
+    are absent.
 
     `split` and `chunks`: the folders of the corpus's documents and chunks.
     """
@@ -60,7 +62,7 @@ def shard_reference_latents(documents: Path, chunks: Path) -> dict[tuple[str, in
             continue
         document_chunks = list(group)
         pairs = zip(document_chunks, chunk_latents(document, document_chunks), strict=True)
-        latents |= {(doc_id, chunk.chunk): latent for chunk, latent in pairs if latent is not None}
+        latents |= {(doc_id, chunk.chunk): latent for chunk, latent in pairs if latent}
     return latents
 
 
@@ -77,11 +79,12 @@ def _sentence_latents(document: Document, chunks: list[Chunk]) -> list[str | Non
     start = 0
     for chunk in chunks:
         stop = start + len(chunk.text)
-        thoughts = (
+        thoughts = [
             thought
             for thought, sentence, end in zip(document.thoughts, sentences, ends, strict=True)
-            if thought and end > start and end - len(sentence) < stop
-        )
-        latents.append(" ".join(thought for thought, _ in itertools.groupby(thoughts)) or None)
+            if thought is not None and end > start and end - len(sentence) < stop
+        ]
+        distinct = (thought for thought, _ in itertools.groupby(thoughts) if thought)
+        latents.append(" ".join(distinct) if thoughts else None)
         start = stop
     return latents

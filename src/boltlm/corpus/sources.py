@@ -189,13 +189,11 @@ def _mapped_documents(
 
 def _sentence_thoughts(
     row: Mapping[str, Any], text: str, columns: PieceColumns, location: str
-) -> tuple[str, ...]:
+) -> tuple[str | None, ...]:
     """For each sentence the latent of the piece that holds its first character that is not white
     space. Raises UserError where the pieces are malformed or do not join to the text."""
     try:
-        pieces = [
-            (piece[columns.text], piece[columns.latent] or "") for piece in row[columns.column]
-        ]
+        pieces = [(piece[columns.text], piece[columns.latent]) for piece in row[columns.column]]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{location}: column '{columns.column}' does not list pieces with the fields"
@@ -206,12 +204,12 @@ def _sentence_thoughts(
             f"{location}: the pieces in column '{columns.column}' do not join to the text"
         )
     ends = list(itertools.accumulate(len(piece) for piece, _ in pieces))
-    thoughts: list[str] = []
+    thoughts: list[str | None] = []
     start = 0
     for sentence in split_sentences(text):
         first = start + len(sentence) - len(sentence.lstrip())
         index = bisect.bisect_right(ends, min(first, len(text) - 1))
-        thoughts.append(pieces[index][1])
+        thoughts.append(pieces[index][1] or None)
         start += len(sentence)
     return tuple(thoughts)
 
@@ -238,6 +236,7 @@ def _gsm8k_question(row: Mapping[str, Any], index: int, split: str) -> Question:
     question, derivation, answer = parse_gsm8k_row(row)
     return Question(
         question_id=f"gsm8k-{split}-{index:05d}",
+        subject="",
         prompt=question,
         stem=GSM8K_STEM,
         answer=answer,

@@ -4,6 +4,7 @@ Shapes: K samples of a chunk.
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,6 +14,7 @@ from boltlm.estep.importance import effective_sample_size, normalized_weights
 from boltlm.records import Sample
 
 HISTOGRAM_BIN = 0.5  # bin width of the histogram of log w, nats
+NUMBER = re.compile(r"\d+")
 ESS_RESOLUTION = 0.01  # effective sample sizes are rounded to this before quantiles are taken
 
 
@@ -50,11 +52,17 @@ class WeightDiagnostics:
                 self.sums["allowed"] += math.exp(sample.log_allowed)
                 counts["selected_tokens"] += len(sample.tokens) if sample.selected else 0
                 if reference_latent is not None:
-                    is_match = sample.latent == reference_latent
-                    counts["referenced"] += 1
-                    counts["match"] += is_match
-                    counts["selected_referenced"] += sample.selected
-                    counts["selected_match"] += sample.selected and is_match
+                    self._add_match(sample, reference_latent)
+
+    def _add_match(self, sample: Sample, reference_latent: str) -> None:
+        counts, is_match = self.counts, sample.latent == reference_latent
+        same_numbers = NUMBER.findall(sample.latent) == NUMBER.findall(reference_latent)
+        counts["referenced"] += 1
+        counts["match"] += is_match
+        counts["numbers_match"] += same_numbers
+        counts["selected_referenced"] += sample.selected
+        counts["selected_match"] += sample.selected and is_match
+        counts["selected_numbers_match"] += sample.selected and same_numbers
 
     def _add_weights(self, log_w_K: np.ndarray) -> None:
         weights_K = normalized_weights(log_w_K)
@@ -100,15 +108,18 @@ class WeightDiagnostics:
         return math.nan
 
     def exact_match_metrics(self) -> dict[str, float]:
-        """Fraction of samples, and of selected samples, whose text equals the reference latent,
-        over the chunks that have one; empty if none has."""
+        """Fraction of samples, and of selected samples, whose text equals the reference latent, and
+        of those that have its numbers in its order, over the chunks that have one that is not
+        empty; no metrics if none has."""
         counts = self.counts
         if not counts["referenced"]:
             return {}
-        return {
-            "exact_match": _ratio(counts["match"], counts["referenced"]),
-            "exact_match_selected": _ratio(counts["selected_match"], counts["selected_referenced"]),
-        }
+        metrics: dict[str, float] = {}
+        for name, key in (("exact_match", "match"), ("numbers_match", "numbers_match")):
+            metrics[name] = _ratio(counts[key], counts["referenced"])
+            selected = counts[f"selected_{key}"], counts["selected_referenced"]
+            metrics[f"{name}_selected"] = _ratio(*selected)
+        return metrics
 
     def histogram(self) -> list[tuple[float, float, int]]:
         """(lower edge, upper edge, count) of log w, in adjacent bins of HISTOGRAM_BIN

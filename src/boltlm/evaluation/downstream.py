@@ -3,6 +3,7 @@
 
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
 
 def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
     """The metrics of one task: the accuracy by each grader with its standard error, the numbers of
-    questions and of their clusters, and what was lost.
+    questions and of their clusters, what was lost, and the accuracy on each subject.
 
     A task with cues has an accuracy for each, and the best of these is its own; `best_cue` is the
     position of that cue. Per prompt: `shots`, the mean number of few-shot examples;
@@ -210,8 +211,10 @@ def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
         metrics[f"{name}/best_cue"] = best
         for metric in ("accuracy", "accuracy_se"):
             metrics[f"{name}/{metric}"] = metrics[f"{name}/cue{best}/{metric}"]
+        answers = [answer for answer in answers if answer.cue == best]
     # Each completion once, not once for each grader.
     completions = [answer for answer in answers if answer.grader == answers[0].grader]
+    metrics |= _subject_metrics(completions, name)
     metrics[f"{name}/questions"] = len({answer.question_id for answer in completions})
     metrics[f"{name}/clusters"] = len({answer.cluster for answer in completions})
     if any(answer.shots + answer.lost_shots > 0 for answer in completions):
@@ -232,6 +235,22 @@ def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
     if answers[0].space == "latent":
         ended = [EOL in answer.completion for answer in completions if answer.shots >= 0]
         metrics[f"{name}/invalid_fraction"] = 1 - sum(ended) / max(len(ended), 1)
+    return metrics
+
+
+def _subject_metrics(completions: Sequence[TaskAnswer], name: str) -> dict[str, float]:
+    """The accuracy on each subject, where there are several."""
+    by_subject: dict[str, list[TaskAnswer]] = defaultdict(list)
+    for answer in completions:
+        by_subject[answer.subject].append(answer)
+    metrics: dict[str, float] = {}
+    if len(by_subject) > 1:
+        for subject in sorted(by_subject):
+            accuracy, key = (
+                mean_accuracy(by_subject[subject]),
+                f"{name}/accuracy_by_subject/{subject}",
+            )
+            metrics |= {key: accuracy.value, f"{key}_se": accuracy.standard_error}
     return metrics
 
 

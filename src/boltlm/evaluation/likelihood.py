@@ -71,7 +71,7 @@ def _with_error(name: str, estimate: RatioEstimate) -> dict[str, float]:
 class DocumentScore:
     """A held-out document: its cluster, its length in tokens, and two negative log-likelihoods in
     nats: `nll` of the raw text after BOS, eq. (10), and `nll_in_context`, the sum over its chunks
-    of −log p(X | C) without a latent, eq. (13)."""
+    of −log p(X | C) without a latent, eq. (13). `log_prob` as in `Document`."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -80,6 +80,7 @@ class DocumentScore:
             "tokens": pa.int64(),
             "nll": pa.float64(),
             "nll_in_context": pa.float64(),
+            "log_prob": pa.float64(),
         }
     )
     doc_id: str
@@ -87,16 +88,22 @@ class DocumentScore:
     tokens: int
     nll: float
     nll_in_context: float
+    log_prob: float | None
 
 
 def nll_metrics(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """Eqs. (10) and (13), pooled, and what they were measured on."""
+    """Eqs. (10) and (13), pooled, and what they were measured on; `ceiling_per_token`, the mean of
+    log p under the distribution that all documents were drawn from, where that is known: no model's
+    log-likelihood exceeds it in expectation."""
     tokens_D = np.array([score.tokens for score in scores], dtype=float)
     cluster_D = [score.cluster for score in scores]
     metrics: dict[str, float] = {}
     for column in ("nll", "nll_in_context"):
         nll_D = np.array([getattr(score, column) for score in scores])
         metrics |= _with_error(f"{column}_per_token", ratio_estimate(nll_D, tokens_D, cluster_D))
+    log_probs = [score.log_prob for score in scores if score.log_prob is not None]
+    if len(log_probs) == len(scores):
+        metrics["ceiling_per_token"] = sum(log_probs) / float(tokens_D.sum())
     counts = {"documents": len(scores), "tokens": int(tokens_D.sum())}
     counts["clusters"] = len(set(cluster_D))
     return metrics | {f"heldout_{name}": count for name, count in counts.items()}
@@ -126,6 +133,7 @@ def score_documents(
             tokens=len(texts[document.doc_id]),
             nll=nlls[document.doc_id],
             nll_in_context=in_context[document.doc_id],
+            log_prob=document.log_prob,
         )
         for document in documents
     ]

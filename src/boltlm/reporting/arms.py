@@ -35,7 +35,7 @@ class Arm:
     text alone, and `other` in all remaining cases (mixtures with raw text, second chains). The role
     `base` is that of BASE_MODEL.
     `latents` is the entry of `latents` that the model is trained on, `generator` the model that
-    sampled it.
+    sampled it; `note` says how these latents differ from those of the chain.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Arm:
     iteration: int | None
     latents: str | None
     generator: str | None
+    note: str = ""
 
     @property
     def description(self) -> str:
@@ -53,6 +54,7 @@ class Arm:
         if self.role in ("base", "raw"):
             return "base model" if self.role == "base" else "raw text"
         source = "teacher latents" if self.generator is None else f"latents by {self.generator}"
+        source += self.note
         return source if self.format == "latent" else f"{self.format}, {source}"
 
 
@@ -108,7 +110,14 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
         iteration=chain.index(name) if name in chain else None,
         latents=latents,
         generator=generator,
+        note=_note(settings.latents[latents]) if latents else "",
     )
+
+
+def _note(entry: LatentsEntry) -> str:
+    parts = [f"K = {entry.k_samples}"] if entry.k_samples else []
+    parts += ["chosen uniformly"] if entry.selection == "uniform" else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _latents_source(settings: ReportSettings, name: str) -> tuple[str | None, str | None]:

@@ -38,6 +38,7 @@ class _Panel:
 def plot_elbo(results: Results) -> Plot | SkippedPlot:
     """The bound per token (docs/method.md, eq. (7)) of each M_t and of each control; for controls
     without a bound, on the same scale, the log-likelihood of the same chunks in the same contexts.
+    A dotted line shows the ceiling, where it is known.
     """
     if not _has(results, "elbo_per_token"):
         return SkippedPlot("no model of an EM chain has elbo_per_token")
@@ -54,6 +55,10 @@ def plot_elbo(results: Results) -> Plot | SkippedPlot:
             rows.append(_row(arm, "nll_in_context_per_token", nll))
             likelihood = Estimate(value=-nll.value, se=nll.se)
             labels.append(_control_line(axes, results, arm, likelihood, "−NLL"))
+    for ceiling in {metrics.get("ceiling_per_token") for metrics in results.evaluation.values()}:
+        if ceiling is not None:
+            axes.axhline(ceiling, color="black", linestyle="dotted", linewidth=1.2)
+            labels.append(LineLabel(ceiling, "ceiling: log p of the generator", "black"))
     sizes = results.bound_sizes()
     draws = f" (K = {sizes[-1]})" if sizes else ""
     axes.set_ylabel(f"held-out ELBO{draws}, nats per token")
@@ -118,9 +123,9 @@ def plot_diagnostics(results: Results) -> Plot | SkippedPlot:
     numbers are omitted."""
     sizes = results.bound_sizes()
     draws = f" (K = {sizes[-1]})" if sizes else ""
-    exact_match = {"exact_match": "all draws", "exact_match_selected": "selected draws"}
+    numbers = {"numbers_match": "all draws", "numbers_match_selected": "selected draws"}
     panels = [
-        _Panel("latents identical to the reference", exact_match, percent=True),
+        _Panel("latents with the reference's numbers", numbers, percent=True),
         _Panel("tokens per latent", {"latent_tokens_mean": ""}, percent=False),
         _Panel(f"effective sample size{draws}", {"ess_mean": ""}, percent=False),
         _Panel("distinct latents of a chunk", {"distinct_latents_mean": ""}, percent=False),

@@ -31,8 +31,9 @@ ABOUT_MODELS = (
     " negative log-likelihood of the same chunks in the same contexts without a latent, in the"
     " model's own format; NLL: that of the whole raw text; all in nats per token on held-out"
     " documents. Thought in plain text: the question is followed by the best of `evaluate.cues`."
-    " Exact match: fraction of sampled latents that are identical to the reference latent of the"
-    " data. ESS: effective sample size of the K draws."
+    " Right numbers: fraction of sampled latents with the numbers of the data's reference latent,"
+    " in order. ESS: effective sample size of the K draws. FLOPs: of the model's training;"
+    " history: and of everything that its data needed, from the base model on."
 )
 ABOUT_LATENTS = (
     "SD of log w: standard deviation within a chunk, averaged over chunks. Distinct: number of"
@@ -87,8 +88,12 @@ def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> 
         metrics = {f"K = {size}": f"subset/elbo_per_token_k{size}" for size in sizes}
         title = "### ELBO on the first documents (`evaluate.large_k`), nats per token"
         blocks += [title, _bounds(results, metrics)]
+    if subjects := results.subjects(iterations.LATENT_ACCURACY):
+        metrics = {key.rpartition("/")[2]: key for key in subjects}
+        blocks += ["### Accuracy with latent thought, by subject", _accuracies(results, metrics)]
     if tasks := results.tasks():
-        blocks += ["### Accuracy by task", _tasks(results, tasks)]
+        metrics = {task: f"{task}/accuracy" for task in tasks}
+        blocks += ["### Accuracy by task", _accuracies(results, metrics)]
     if any(results.finetuning.values()):
         blocks += ["## Fine-tuning", _finetuning(results), ABOUT_FINETUNED]
     if results.diagnostics:
@@ -118,8 +123,10 @@ def _models(results: Results) -> str:
         "accuracy, direct answer": lambda name: _percent(
             results.estimate(name, iterations.RAW_ACCURACY)
         ),
-        "exact match": lambda name: _percent(results.estimate(name, "exact_match")),
+        "right numbers": lambda name: _percent(results.estimate(name, "numbers_match")),
         "ESS": lambda name: _decimal(results.evaluation[name], "ess_mean", 2),
+        "FLOPs": lambda name: _flops(results.training.get(name, {}), "training_flops"),
+        "FLOPs, history": lambda name: _flops(results.training.get(name, {}), "history_flops"),
     }
     return _table(
         ["model", "description", *columns],
@@ -155,13 +162,14 @@ def _bounds(results: Results, metrics: Mapping[str, str]) -> str:
     )
 
 
-def _tasks(results: Results, tasks: Sequence[str]) -> str:
-    metrics = [f"{task}/accuracy" for task in tasks]
+def _accuracies(results: Results, metrics: Mapping[str, str]) -> str:
+    """`metrics`: the metric of each column."""
     return _table(
-        ["model", *tasks],
+        ["model", *metrics],
         [
-            [arm.name, *(_percent(results.estimate(arm.name, metric)) for metric in metrics)]
+            [arm.name, *(_percent(results.estimate(arm.name, key)) for key in metrics.values())]
             for arm in ordered_arms(results.arms)
+            if any(key in results.evaluation[arm.name] for key in metrics.values())
         ],
     )
 
@@ -189,7 +197,8 @@ def _latents(results: Results) -> str:
         "mass masked": lambda metrics: _fraction(metrics, "masked_mass"),
         "ended at the limit": lambda metrics: _fraction(metrics, "forced_fraction"),
         "exact match": lambda metrics: _fraction(metrics, "exact_match"),
-        "exact match, selected": lambda metrics: _fraction(metrics, "exact_match_selected"),
+        "right numbers": lambda metrics: _fraction(metrics, "numbers_match"),
+        "right numbers, selected": lambda metrics: _fraction(metrics, "numbers_match_selected"),
         "tokens per latent": lambda metrics: _decimal(metrics, "latent_tokens_mean", 1),
     }
     return _table(
@@ -209,6 +218,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     separators = ["---", *("---:" if is_numeric else "---" for is_numeric in numeric)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, separators, *rows])
+
+
+def _flops(metrics: Metrics, name: str) -> str:
+    return f"{metrics[name]:.1e}" if name in metrics else "–"
 
 
 def _nats(estimate: Estimate | None) -> str:

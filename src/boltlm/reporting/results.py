@@ -73,6 +73,12 @@ class Results:
         tasks = [key.removesuffix("/accuracy") for key in keys if key.endswith("/accuracy")]
         return [task for task in tasks if not task.startswith("questions/")]
 
+    def subjects(self, accuracy: str) -> list[str]:
+        """The metrics that give an accuracy by subject, sorted."""
+        prefix = f"{accuracy}_by_subject/"
+        keys = {key for metrics in self.evaluation.values() for key in metrics}
+        return sorted(k for k in keys if k.startswith(prefix) and not k.endswith("_se"))
+
     def bound_sizes(self, prefix: str = "") -> list[int]:
         """Every K for which some model has an importance-weighted bound, in ascending order;
         `prefix` is that of the metrics' names."""

@@ -26,7 +26,7 @@ SEED_METRICS: tuple[str, ...] = (
     "subset/elbo_per_token",
     "nll_in_context_per_token",
     "nll_per_token",
-    "exact_match",
+    "numbers_match",
     "questions/standard/latent/accuracy",
     "questions/standard/cot/accuracy",
     "questions/standard/raw/accuracy",

@@ -67,7 +67,7 @@ def _read_items(
     for question in read_table(Path(data_path), Question):
         item = benchmarks.BenchmarkItem(
             item_id=question.question_id,
-            subject="",
+            subject=question.subject,
             question=question.prompt,
             choices=(),
             solution=f"{question.stem} {question.answer}.",
