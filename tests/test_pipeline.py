@@ -232,7 +232,7 @@ def test_a_wrong_parameter_gives_one_line(finished: Path, tmp_path: Path, case: 
     """What a user can cause gets a message and no traceback."""
     change, message = ERRORS[case]
     params = yaml.safe_load((finished / "params.yaml").read_text("utf-8"))
-    columns = {"text": "text", "doc_id": None, "latent": None, "pieces": None}
+    columns = {"text": "text", "doc_id": None, "cluster": None, "latent": None, "pieces": None}
     for key, value in change.items():
         if key == "corpus":
             value = {"columns": columns, "shuffle_buffer": 0, **value}

@@ -40,7 +40,13 @@ def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[
         "corpus": {
             "kind": "files",
             "path": str(path),
-            "columns": {"text": "text", "doc_id": "id", "latent": None, "pieces": None},
+            "columns": {
+                "text": "text",
+                "doc_id": "id",
+                "cluster": None,
+                "latent": None,
+                "pieces": None,
+            },
             "shuffle_buffer": 0,
         },
         "corpora": {**entries, "heldout": heldout},

@@ -42,11 +42,11 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 LAST = "finally"
 LINKS = ("to", "is", "makes")
 RESULT_STEM = "It stops at"
-# Stand between a statement and its remarks and have as many tokens as what stands between a statement
-# and its latent: two special tokens, or four and a result. The base model learns to copy over them.
+# Stand between a statement and its remarks, with as many tokens as what stands between a statement
+# and its latent (two special tokens, or four and a result): the base model copies over both.
 ASIDES = ("So.", "It stops at last. So it is.")
-# Fractions of the primer's remarks that start where the dial then is, of the first and of later ones;
-# the others start from a random mark.
+# Fractions of the primer's remarks that start where the dial then is, of the first and of later
+# ones; the others start from a random mark.
 IN_PLACE_FIRST, IN_PLACE_LATER = 0.6, 0.25
 SINGLE_TURNS = 0.15  # fraction of the primer's pages that have a single turn, with its result
 HELD_OUT_FRACTION = 0.2
