@@ -34,9 +34,9 @@ def test_the_help_of_a_command_shows_an_example(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compare", "data/evaluate/a", "data/evaluate/b"), "--chunks is missing"),
+        (("compare", "data/evaluate/a", "data/evaluate/b"), "--corpus is missing"),
         (
-            ("compare", "data/evaluate/a", "data/evaluate/b", "--chunks", "data/chunks/x"),
+            ("compare", "data/evaluate/a", "data/evaluate/b", "--corpus", "heldout"),
             "data/evaluate/a",
         ),
         (("seeds", "--out", "seeds.csv"), "params.yaml: no such params file"),

@@ -108,7 +108,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    summary = "aggregate finished DVC experiments over seeds: means with 95 % intervals"
+    summary = "aggregate finished DVC experiments over seeds: means with confidence intervals"
     parser = _add(commands, "seeds", summary, SEEDS_EXAMPLE, _seeds)
     parser.add_argument("--out", type=Path, required=True, help="CSV with one row a seed and model")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))

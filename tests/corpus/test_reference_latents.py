@@ -68,9 +68,12 @@ def test_a_thought_that_neighbours_share_appears_once() -> None:
     assert chunk_latents(page(thoughts=thoughts), chunks(TEXT, [10])) == ["a", "a b a"]
 
 
-def test_an_empty_thought_is_no_latent() -> None:
-    """A chunk without a thought is trained without a latent, not with an empty one."""
-    assert chunk_latents(page(thoughts=("", "", "t3", "")), chunks(TEXT, [23])) == [None, "t3"]
+def test_a_missing_thought_is_no_latent_and_an_empty_one_is() -> None:
+    """A chunk without a thought is trained without a latent; one that needs none, with an empty
+    one."""
+    thoughts = (None, None, "t3", "")
+    assert chunk_latents(page(thoughts=thoughts), chunks(TEXT, [23])) == [None, "t3"]
+    assert chunk_latents(page(thoughts=("", None, "t3", "")), chunks(TEXT, [23])) == ["", "t3"]
 
 
 def test_a_documents_latent_goes_to_its_last_chunk() -> None:
@@ -117,7 +120,7 @@ def test_the_teacher_writes_and_counts_a_row_for_each_chunk(
     """In the order of the chunks, each latent tokenised alone; a missing latent has a reason."""
     first = page(doc_id="d0")
     second = page(doc_id="d1", thoughts=None, latent="why it is")
-    third = page(doc_id="d2", thoughts=("x" * 40, "", "t3", ""))
+    third = page(doc_id="d2", thoughts=("x" * 40, None, "t3", ""))
     all_edges = ([23], [10, 23], [10, 23])
     groups = [chunks(TEXT, edges, f"d{i}") for i, edges in enumerate(all_edges)]
     shards = [[(first, groups[0]), (second, groups[1])], [(third, groups[2])]]
@@ -161,7 +164,7 @@ def test_a_latent_of_the_maximum_length_is_accepted(base_coder: TextCoder, tmp_p
 
 def test_a_teacher_without_any_latent_is_an_error(base_coder: TextCoder, tmp_path: Path) -> None:
     """Training on no latents would silently be raw training."""
-    document = page(thoughts=("", "", "", ""))
+    document = page(thoughts=(None, None, None, None))
     paths = write_tables(tmp_path, [[(document, chunks(TEXT, [10, 23]))]])
     with pytest.raises(UserError, match=r"teachers\.reference.*3 chunks"):
         run_teacher(SETTINGS, base_coder, **paths)

@@ -334,7 +334,7 @@ def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Pa
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text, "chunks": CHUNKS}) + "\n", encoding="utf-8")
     (document,) = files(path, columns)
-    assert document.thoughts == ("why one and two", "why one and two", "why three", "")
+    assert document.thoughts == ("why one and two", "why one and two", "why three", None)
     for row in (
         {"text": "Another.", "chunks": CHUNKS},
         {"text": text, "chunks": [{"suffix": "x"}]},
@@ -362,7 +362,7 @@ def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
     documents = list(sources.read_documents(hub(str(tmp_path / "set")), seed=1))
     assert ids(documents) == [f"r{i}" for i in range(5)]
     assert {document.text for document in documents} == {text}
-    assert documents[0].thoughts == ("why one and two", "why one and two", "why three", "")
+    assert documents[0].thoughts == ("why one and two", "why one and two", "why three", None)
 
 
 def test_a_hub_data_set_that_does_not_exist_is_named(tmp_path: Path) -> None:

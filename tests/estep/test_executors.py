@@ -23,7 +23,7 @@ RAY_START_FAILED = "The current node timed out during startup"
 
 
 def output(stage: LatentsStage) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(stage.out.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(stage.out.glob("*.parquet"))}
 
 
 @pytest.fixture(scope="module")

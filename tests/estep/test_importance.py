@@ -117,16 +117,26 @@ def test_an_unknown_masked_mass_is_nan() -> None:
 
 
 def test_exact_match_by_hand() -> None:
-    """Fractions of draws, and of selected draws, that equal the reference latent, over the chunks
-    that have one."""
-    reference_latents = {("d", 0): "right", ("d", 1): "other"}
+    """Fractions of draws, and of selected draws, that equal the reference latent, or have its
+    numbers in its order, over the chunks that have one."""
+    reference_latents = {("d", 0): "right 1 2", ("d", 1): "other"}
     groups = [
-        [sample(0, latent="right", selected=True), sample(0, latent="wrong")],
+        [
+            sample(0, latent="right 1 2", selected=True),
+            sample(0, latent="1 to 2"),
+            sample(0, latent="right 2 1"),
+            sample(0, latent="right 12"),
+        ],
         [sample(0, chunk=1, latent="right", selected=True), sample(0, chunk=1, latent="other")],
         [sample(0, chunk=2, latent="right", selected=True), sample(0, chunk=2, latent="right")],
     ]
     metrics = WeightDiagnostics(groups, reference_latents).exact_match_metrics()
-    assert metrics == {"exact_match": 2 / 4, "exact_match_selected": 1 / 2}
+    assert metrics == {
+        "exact_match": 2 / 6,
+        "exact_match_selected": 1 / 2,
+        "numbers_match": 4 / 6,
+        "numbers_match_selected": 2 / 2,
+    }
     assert WeightDiagnostics(groups).exact_match_metrics() == {}
 
 

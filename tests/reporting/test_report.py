@@ -153,7 +153,6 @@ def test_the_report_names_every_model_and_links_every_figure(tmp_path: Path) -> 
     assert "| tuned | gsm8k/standard/latent | 25.0% ± 2.0% | 3.0% | – | 5 | 16 |" in text
     assert "absent" not in text
     assert "| second | 17.8% |" in text
-    assert "| plain | – |" in text
     assert "(44 of documents, 43 of questions)" in text
     assert "| model | K = 4 | K = 64 |\n" in text
     assert "| second | −4.312 | −3.375 |" in text

@@ -50,7 +50,7 @@ def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pages = list(itertools.islice(generated.generate_documents(tiny.pages(), seed=3), 200))
     prompt = PromptTemplate.read("latent")
     dialogues = [
-        f"{_rendered(prompt.messages(context='', chunk=page.text))}Thoughts:{page.thoughts[0]}"
+        f"{_rendered(prompt.messages(context='', chunk=page.text))}Thoughts:{page.thoughts[-1]}"
         for page in pages
         if page.thoughts
     ]
