@@ -39,13 +39,13 @@ from sides import add_paths, measured  # noqa: E402
 
 from boltlm.checkpoint import Precision  # noqa: E402
 from boltlm.estep.config import DrawSettings  # noqa: E402
-from boltlm.estep.estep import (  # noqa: E402
+from boltlm.estep.contexts import (  # noqa: E402
     ChunkInContext,
-    EStep,
     Throughput,
     chunks_in_context,
     joint_scores,
 )
+from boltlm.estep.estep import EStep  # noqa: E402
 from boltlm.estep.samplers import (  # noqa: E402
     Draw,
     TransformersSampler,

@@ -108,7 +108,7 @@ def run_lm_eval_gsm8k(args: argparse.Namespace, model: Path, folder: Path) -> di
 def run_elbo(args: argparse.Namespace, single_samples: bool) -> dict[str, float]:
     """Sample and weight the latents of some chunks; return the seconds without loading. With
     `single_samples` each sample is scored by forward passes of its own."""
-    from boltlm.estep.estep import chunks_in_context
+    from boltlm.estep.contexts import chunks_in_context
     from boltlm.estep.shard_worker import build_estep, context_token_budget
     from boltlm.estep.verify_weights import exact_log_weight
     from boltlm.sequences import layouts

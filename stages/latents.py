@@ -1,7 +1,8 @@
 """Draws, weighs and selects latents for each chunk of a corpus: the E-step.
 
     python stages/latents.py --params params.yaml --name em1 --model models/warmstart \
-        --split data/split/em --chunks data/chunks/em --work .work --timings timings \
+        --split data/split/em --chunks data/chunks/em --previous data/chunks/em \
+        --previous-model models/warmstart --work .work --timings timings \
         --out data/latents/em1 --metrics metrics/latents/em1.json \
         --histogram metrics/latents/em1.csv
 """
@@ -22,9 +23,9 @@ from boltlm.timing import timing_path, write_timing
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("params", "model", "split", "chunks", "work", "timings"):
+    for flag in ("params", "model", "split", "chunks", "previous", "work", "timings"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
-    for flag in ("out", "metrics", "histogram"):
+    for flag in ("previous-model", "out", "metrics", "histogram"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
@@ -37,12 +38,15 @@ def main() -> None:
         model=args.model,
         split=args.split,
         chunks=args.chunks,
+        previous=args.previous,
+        previous_model=args.previous_model,
         work=repository_path(args.work),
         out=args.out,
         histogram_path=args.histogram,
     )
     tokens = int(metrics["forward_tokens"])
-    compute = record_estep_compute(args.name, tokens, model=args.model, out=args.out)
+    reused = None if settings.options.reuse == "none" else args.previous
+    compute = record_estep_compute(args.name, tokens, model=args.model, reused=reused, out=args.out)
     write_json(args.metrics, {**metrics, **compute})
     if timing:
         path = timing_path(repository_path(args.timings), "latents", args.name)

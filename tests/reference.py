@@ -26,12 +26,20 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).double().eval()
 
 
-def log_probs(model64: PreTrainedModel, prompt: Ids, tokens: Ids, barred: Ids = ()) -> np.ndarray:
-    """log p(token | prompt, the tokens before it) for each of `tokens`, in nats, when the tokens
-    `barred` have probability 0 and the others are renormalised."""
+def log_probs(
+    model64: PreTrainedModel,
+    prompt: Ids,
+    tokens: Ids,
+    barred: Ids = (),
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """log p(token | prompt, the tokens before it) for each of `tokens`, in nats, when logits are
+    divided by `temperature`, the tokens `barred` have probability 0 and the others are
+    renormalised."""
     ids_1L = torch.tensor([[*prompt, *tokens]])
     with torch.no_grad():
         logits_LV = model64(input_ids=ids_1L, use_cache=False).logits[0]
+        logits_LV /= temperature
         logits_LV[:, list(barred)] = -torch.inf
         log_probs_LV = logits_LV.log_softmax(-1)
     positions = torch.arange(len(prompt) - 1, ids_1L.shape[1] - 1)
@@ -58,6 +66,20 @@ def posterior_prompt(special: SpecialTokens, context: Ids, text: Ids) -> list[in
 def prior_prompt(special: SpecialTokens, context: Ids) -> list[int]:
     """BOS C SoL Prior"""
     return [special.bos, *context, special.sol, special.prior]
+
+
+def log_proposal(
+    model64: PreTrainedModel,
+    special: SpecialTokens,
+    prompt: Ids,
+    latent: Ids,
+    max_tokens: int,
+    temperature: float = 1.0,
+) -> float:
+    """log q′(Z, EoL | prompt), in which a latent has at most `max_tokens` tokens."""
+    tokens = latent if len(latent) == max_tokens else [*latent, special.eol]
+    barred = barred_tokens(special)
+    return float(log_probs(model64, prompt, tokens, barred, temperature).sum())
 
 
 @dataclass(frozen=True)
@@ -89,13 +111,11 @@ def parts(
     most `max_tokens` tokens."""
     latent_eol = [*latent, special.eol]
     posterior = posterior_prompt(special, context, text)
-    log_masked = log_probs(model64, posterior, latent_eol, barred_tokens(special))
-    is_forced = len(latent) == max_tokens
     log_joint = log_probs(model64, prior_prompt(special, context), [*latent_eol, *text])
     return Parts(
-        log_q=log_masked[: len(latent)].sum() if is_forced else log_masked.sum(),
+        log_q=log_proposal(model64, special, posterior, latent, max_tokens),
         log_q_unmasked=log_probs(model64, posterior, latent_eol).sum(),
-        is_forced=is_forced,
+        is_forced=len(latent) == max_tokens,
         log_p_latent=log_joint[: len(latent_eol)].sum(),
         log_p_text=log_joint[len(latent_eol) :].sum(),
     )

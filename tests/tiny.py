@@ -197,6 +197,19 @@ def sampling_config(**changes: Any) -> SamplingConfig:
     return build(SamplingConfig, load(ROOT / "params.yaml")["sampling"] | changes, "sampling")
 
 
+def latents_entry(model: str, **changes: Any) -> dict[str, Any]:
+    """An entry of `latents` for the corpus `em`; `changes` replace keys."""
+    values: dict[str, Any] = {
+        "model": model,
+        "corpus": "em",
+        "k_samples": None,
+        "previous": "chunks/em",
+        "previous_model": model,
+        "estep": {},
+    }
+    return values | changes
+
+
 def pages(**changes: Any) -> GeneratedSource:
     """The generated source of params.yaml; `changes` replace keys."""
     return build(GeneratedSource, load(ROOT / "params.yaml")["corpus"] | changes, "corpus")

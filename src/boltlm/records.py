@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,8 @@ from boltlm.shard_store import atomic_write
 
 _TOKENS = pa.list_(pa.int32())
 _TEXTS = pa.list_(pa.string())
+
+SampleSource = Literal["proposal", "prior", "previous", "retained", "particle"]
 
 
 class Record(Protocol):
@@ -138,14 +140,22 @@ class Paraphrase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One of the K latents drawn for a chunk: token ids without EoL, log-probabilities in nats
-    (docs/method.md, section 4). `finish`: "stop" (EoL was drawn) or "length" (EoL was forced)."""
+    """A latent that was drawn for a chunk: token ids without EoL, log-probabilities in nats
+    (docs/method.md, section 4). `finish`: "stop" (EoL was drawn) or "length" (EoL was forced).
+
+    `source` says what it was drawn from: "proposal" (q′), "prior" (p without the barred tokens),
+    "previous" (the q′ of the iteration before), "retained" (it was selected then) or "particle" (q′
+    with latents in the context); `sample` is its index among those of the same source. `ancestor`:
+    the particle of the chunk before whose latents are in its context.
+    """
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
             "doc_id": pa.string(),
             "chunk": pa.int32(),
+            "source": pa.string(),
             "sample": pa.int32(),
+            "ancestor": pa.int32(),
             "latent": pa.string(),
             "tokens": _TOKENS,
             "finish": pa.string(),
@@ -159,7 +169,9 @@ class Sample:
     )
     doc_id: str
     chunk: int
+    source: SampleSource = "proposal"
     sample: int
+    ancestor: int | None = None
     latent: str
     tokens: tuple[int, ...]
     finish: str

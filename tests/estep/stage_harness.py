@@ -28,13 +28,9 @@ def small_params() -> dict[str, Any]:
     }
     params["questions"]["count"] = 0
     params["latents"] = {
-        "em1": {"model": "warmstart", "corpus": "em", "k_samples": None, "selection": "weighted"},
-        "uniform": {
-            "model": "warmstart",
-            "corpus": "em",
-            "k_samples": None,
-            "selection": "uniform",
-        },
+        "em1": tiny.latents_entry("warmstart"),
+        "uniform": tiny.latents_entry("warmstart", estep={"selection": "uniform"}),
+        "next": tiny.latents_entry("warmstart", previous="latents/em1"),
     }
     params |= {"max_latent_tokens": 8, "k_samples": 3, "context_chunks": 2}
     params["sampling"]["batch_tokens"] = 4096
@@ -70,6 +66,10 @@ class LatentsStage:
         return self.folder / "chunks" / "em"
 
     @property
+    def previous(self) -> Path:
+        return self.folder / "previous"
+
+    @property
     def out(self) -> Path:
         return self.folder / "out"
 
@@ -80,6 +80,8 @@ class LatentsStage:
             model=self.model,
             split=self.folder / "split" / "em",
             chunks=self.chunks,
+            previous=self.previous,
+            previous_model=self.model,
             work=self.folder / "work",
             out=self.out,
             histogram_path=self.folder / "histogram.csv",
@@ -97,6 +99,7 @@ class LatentsStage:
             "params": "params.yaml",
             "split": "split/em",
             "chunks": "chunks/em",
+            "previous": "previous",
             "work": "work",
             "timings": "timings",
             "out": "out",
@@ -106,7 +109,7 @@ class LatentsStage:
         arguments = [str(tiny.ROOT / "stages" / "latents.py"), "--name", "em1"]
         for flag, path in paths.items():
             arguments += [f"--{flag}", str(self.folder / path)]
-        return [*arguments, "--model", str(self.model)]
+        return [*arguments, "--model", str(self.model), "--previous-model", str(self.model)]
 
     def command(self) -> list[str]:
         return [sys.executable, *self.arguments()]

@@ -3,7 +3,7 @@
 import pytest
 
 from boltlm.errors import UserError
-from boltlm.estep.estep import chunks_in_context
+from boltlm.estep.contexts import chunks_in_context
 from boltlm.records import Chunk
 from tests import tiny
 

@@ -11,14 +11,16 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from boltlm.estep.estep import ChunkInContext, EStep, forward_tokens
+from boltlm.estep.config import PAPER_OPTIONS
+from boltlm.estep.contexts import ChunkInContext, forward_tokens
+from boltlm.estep.estep import EStep
 from boltlm.estep.importance import iwae_bound
 from boltlm.estep.samplers import Draw, SampleKey, TransformersSampler
 from boltlm.records import Sample
@@ -35,8 +37,10 @@ CASES = {
 
 
 def build(enumerable: tiny.Tiny, *, seed: int = 1, purpose: str = "tests", **changes: Any) -> EStep:
-    """An E-step; `changes` replace sampling settings, `sampler` and `selection`."""
-    others = {key: changes.pop(key) for key in ("sampler", "selection") if key in changes}
+    """An E-step; `changes` replace sampling settings, `sampler` and the options."""
+    names = {field.name for field in fields(PAPER_OPTIONS)}
+    others = {key: changes.pop(key) for key in ("sampler",) if key in changes}
+    options = {key: changes.pop(key) for key in sorted(names & changes.keys())}
     return EStep(
         enumerable.model,
         enumerable.coder,
@@ -44,6 +48,7 @@ def build(enumerable: tiny.Tiny, *, seed: int = 1, purpose: str = "tests", **cha
         max_latent_tokens=MAX_LATENT_TOKENS,
         seed=seed,
         purpose=purpose,
+        options=replace(PAPER_OPTIONS, **options),
         **others,
     )
 
@@ -309,10 +314,18 @@ def test_forward_tokens_by_hand(
 ) -> None:
     """Each prompt once; EoL with every latent, and the text once more with each."""
     drawn, special = samples[chunk][:3], enumerable.special_tokens
-    prompts = len(reference.posterior_prompt(special, chunk.context, chunk.text))
-    prompts += len(reference.prior_prompt(special, chunk.context))
-    ends = [2 * len([*s.tokens, special.eol]) + len(chunk.text) for s in drawn]
-    assert forward_tokens(chunk, drawn) == prompts + sum(ends)
+    posterior = len(reference.posterior_prompt(special, chunk.context, chunk.text))
+    prior = len(reference.prior_prompt(special, chunk.context))
+    ends = [len([*s.tokens, special.eol]) for s in drawn]
+    usual = posterior + prior + 2 * sum(ends) + 3 * len(chunk.text)
+    assert forward_tokens(special, chunk, drawn) == usual
+    first = drawn[1:]
+    with_prior = [*first, replace(drawn[0], source="prior")]
+    assert forward_tokens(special, chunk, with_prior) == usual + prior + sum(ends)
+    with_previous = [*first, replace(drawn[0], source="previous")]
+    cross = posterior + sum(len([*s.tokens, special.eol]) for s in first)
+    assert forward_tokens(special, chunk, with_previous) == usual + cross
+    assert forward_tokens(special, chunk, [*first, replace(drawn[0], source="retained")]) == usual
 
 
 def content(groups: list[list[Sample]]) -> list[list[tuple]]:

@@ -85,6 +85,8 @@ def test_diagnostics_by_hand() -> None:
     assert metrics == pytest.approx({
         "chunks": 2,
         "samples": 4,
+        "candidates": 4,
+        "selected_earlier_fraction": 0.0,
         "ess_mean": sum(ess) / 2,
         "ess_p10": 1.6,
         "ess_p50": 1.6,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from boltlm.estep.estep import ChunkInContext, EStep, chunks_in_context
+from boltlm.estep.contexts import ChunkInContext, chunks_in_context
+from boltlm.estep.estep import EStep
 from boltlm.estep.samplers import TransformersSampler
 from boltlm.estep.shard_worker import group_by_chunk
 from boltlm.records import Chunk, Sample, read_shard, read_table

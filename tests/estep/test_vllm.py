@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from boltlm import checkpoint
-from boltlm.estep.estep import ChunkInContext, EStep, chunks_in_context
+from boltlm.estep.contexts import ChunkInContext, chunks_in_context
+from boltlm.estep.estep import EStep
 from boltlm.estep.shard_worker import build_estep, context_token_budget
 from boltlm.estep.verify_weights import exact_log_prob, exact_log_weight
 from boltlm.records import Chunk, Sample, read_table
@@ -163,7 +164,7 @@ REQUEST_SEEDS_SCRIPT = """
 import sys
 from pathlib import Path
 from boltlm.estep.config import EStepSettings
-from boltlm.estep.estep import chunks_in_context
+from boltlm.estep.contexts import chunks_in_context
 from boltlm.estep.shard_worker import build_estep, context_token_budget
 from boltlm.params import load_settings
 from boltlm.records import Chunk, Sample, read_table, write_shard

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from boltlm.estep.config import DrawSettings
-from boltlm.estep.estep import ChunkInContext
+from boltlm.estep.contexts import ChunkInContext
 from boltlm.evaluation import likelihood
 from boltlm.evaluation.clustered_errors import ratio_estimate
 from boltlm.evaluation.likelihood import (

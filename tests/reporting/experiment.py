@@ -8,7 +8,7 @@ from typing import Any
 
 from boltlm.params import build_settings, load
 from boltlm.reporting.arms import ReportSettings
-from tests.tiny import ROOT
+from tests.tiny import ROOT, latents_entry
 
 CORPORA = ("some", "all", "em")
 
@@ -46,10 +46,8 @@ def report_params(
         "corpora": {name: {} for name in CORPORA},
         "teachers": {"some": {}, "all": {}},
         "train": load(ROOT / "params.yaml")["train"],
-        "latents": {
-            name: {"model": by, "corpus": "em", "k_samples": None, "selection": "weighted"}
-            for name, by in latents.items()
-        },
+        "estep": load(ROOT / "params.yaml")["estep"],
+        "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),
         "finetune": {"runs": dict(runs or {})},
     }

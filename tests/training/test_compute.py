@@ -78,12 +78,14 @@ class Experiment:
             model=model,
             split=self.folder / "data" / "split" / "em",
             chunks=self.chunks,
+            previous=self.folder / "data" / settings.entry.previous,
+            previous_model=self.folder / "models" / settings.entry.previous_model,
             work=self.folder / "work",
             out=out,
             histogram_path=self.folder / f"{name}-histogram.csv",
         )
         tokens = int(diagnostics["forward_tokens"])
-        metrics = record_estep_compute(name, tokens, model=model, out=out)
+        metrics = record_estep_compute(name, tokens, model=model, reused=None, out=out)
         record = read_compute(out)
         assert metrics == {
             "estep_flops": record.own_flops,

@@ -6,16 +6,17 @@ from boltlm.training.compute import read_compute, write_compute
 
 
 def record_estep_compute(
-    name: str, forward_tokens: int, *, model: Path, out: Path
+    name: str, forward_tokens: int, *, model: Path, reused: Path | None, out: Path
 ) -> dict[str, int]:
     """Write the ComputeRecord of data/latents/<name>, `out`, and return its metrics. A forward pass
-    takes a third of the FLOPs of a training step. `forward_tokens`: eq. (15)."""
+    takes a third of the FLOPs of a training step. `forward_tokens`: eq. (15). `reused`: the folder
+    of the latents that it took over."""
     drawn_by = read_compute(model)
     record = write_compute(
         out,
         f"latents/{name}",
         flops=forward_tokens * drawn_by.flops_per_token // 3,
         flops_per_token=drawn_by.flops_per_token,
-        history=[drawn_by.lineage],
+        history=[drawn_by.lineage, *([read_compute(reused).lineage] if reused else [])],
     )
     return {"estep_flops": record.own_flops, "history_flops": record.history_flops}

@@ -1,12 +1,22 @@
 """Settings of the E-step (docs/method.md, section 4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from boltlm.errors import UserError
-from boltlm.params import EntryName, NonNegativeInt, PositiveInt, Precision, from_key
+from boltlm.params import (
+    EntryName,
+    EntryPath,
+    NonNegativeInt,
+    Overlay,
+    PositiveInt,
+    Precision,
+    from_key,
+    require_positive,
+)
+from boltlm.sequences.layouts import Layout
 
-Selection = Literal["weighted", "uniform"]
+Selection = Literal["weighted", "uniform", "best"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +67,75 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EStepOptions:
+    """Params section `estep`: the estimator (docs/method.md, 4.5). The values of PAPER_OPTIONS are
+    the paper's.
+
+    `method`: importance weights chunk by chunk, or sequential Monte Carlo over the chunks of a
+    document. `selection`: of one latent, by the weights of eq. (4), uniformly, or the best.
+    `temperature` of the proposals. `prior_draws`: how many of the K draws come from p(Z | C).
+    Where the effective sample size is below `min_ess_fraction` of the number of draws, there are
+    `extra_draws` more. `reuse` of the previous iteration: none, its own draws by multiple
+    importance sampling, or its selected latent as one more candidate.
+    """
+
+    method: Literal["importance", "smc"]
+    selection: Selection
+    temperature: float
+    prior_draws: NonNegativeInt
+    extra_draws: NonNegativeInt
+    min_ess_fraction: float
+    reuse: Literal["none", "draws", "selected"]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "temperature")
+        if not 0 < self.min_ess_fraction <= 1:
+            raise UserError(
+                f"min_ess_fraction must be above 0 and at most 1, found {self.min_ess_fraction}"
+            )
+        is_plain = not self.prior_draws and not self.extra_draws
+        if self.method == "smc" and not (
+            is_plain and self.reuse == "none" and self.selection == "weighted"
+        ):
+            raise UserError(
+                "method smc needs prior_draws 0, extra_draws 0, reuse none and selection weighted"
+            )
+        if self.reuse == "selected" and not (is_plain and self.selection == "weighted"):
+            raise UserError(
+                "reuse selected needs prior_draws 0, extra_draws 0 and selection weighted: with"
+                " others it does not leave the posterior invariant"
+            )
+        if self.selection == "uniform" and (self.prior_draws or self.reuse != "none"):
+            raise UserError("selection uniform needs prior_draws 0 and reuse none")
+
+
+PAPER_OPTIONS = EStepOptions(
+    method="importance",
+    selection="weighted",
+    temperature=1.0,
+    prior_draws=0,
+    extra_draws=0,
+    min_ess_fraction=0.5,
+    reuse="none",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsEntry:
     """Params entry `latents.<name>`: the model that samples latents, the corpus, K (null: the key
-    `k_samples` of params.yaml), and how one of the K latents of a chunk is selected: by its weight,
-    eq. (4), or, as a control, uniformly."""
+    `k_samples` of params.yaml), and changes to the section `estep`.
+
+    `previous` and `previous_model`: the entry of `latents` of the iteration before, whose draws or
+    selected latents can be reused, and its model. The first iteration has nothing to reuse,
+    whatever `estep.reuse` says: it names its chunks and its own model.
+    """
 
     model: Annotated[str, EntryName("models")]
     corpus: Annotated[str, EntryName("corpora")]
     k_samples: PositiveInt | None
-    selection: Selection
+    previous: Annotated[str, EntryPath(latents="latents", chunks="corpora")]
+    previous_model: Annotated[str, EntryName("models")]
+    estep: Annotated[EStepOptions, Overlay("estep")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,19 +149,39 @@ class DrawSettings:
     sampling: SamplingConfig
 
     @property
-    def selection(self) -> Selection:
-        """How a latent is selected where no entry of `latents` says it."""
-        return "weighted"
+    def options(self) -> EStepOptions:
+        """The estimator where no entry of `latents` says it: bounds have the paper's."""
+        return PAPER_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EStepSettings(DrawSettings):
-    """Settings of the stage `latents`. `k_samples`: K for the entries that have none of their
-    own."""
+    """Settings of the stage `latents`. `k_samples`: K for the entries that have none of their own;
+    `layout`: of the training sequences."""
 
     name: str
     k_samples: PositiveInt
+    layout: Layout = from_key("sequences.layout")
     entry: LatentsEntry = from_key("latents.{name}")
+
+    def __post_init__(self) -> None:
+        options = self.options
+        if options.prior_draws >= self.num_samples:
+            raise UserError(
+                f"latents.{self.name}: prior_draws must be below K ({self.num_samples}), found"
+                f" {options.prior_draws}"
+            )
+        if options.method == "smc" and self.layout != "document":
+            raise UserError(
+                f"latents.{self.name}: method smc needs sequences.layout document, in which the"
+                f" context of a chunk has latents; found {self.layout}"
+            )
+        is_rescored = self.sampling.sampler == "transformers" or self.sampling.rescore_q
+        if options.temperature != 1 and not is_rescored:
+            raise UserError(
+                f"latents.{self.name}: a temperature other than 1 needs sampling.rescore_q true"
+                " with sampler vllm, which reports log-probabilities at temperature 1"
+            )
 
     @property
     def num_samples(self) -> int:
@@ -99,5 +189,6 @@ class EStepSettings(DrawSettings):
         return self.entry.k_samples or self.k_samples
 
     @property
-    def selection(self) -> Selection:
-        return self.entry.selection
+    def options(self) -> EStepOptions:
+        has_previous = self.entry.previous.startswith("latents/")
+        return self.entry.estep if has_previous else replace(self.entry.estep, reuse="none")

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from boltlm.estep.importance import effective_sample_size, normalized_weights
+from boltlm.estep.importance import effective_sample_size, iwae_bound, normalized_weights
 from boltlm.records import Sample
 
 HISTOGRAM_BIN = 0.5  # bin width of the histogram of log w, nats
+OWN_PROPOSAL = ("proposal", "particle")  # sources of the draws from the present model's q′
+EARLIER = ("previous", "retained")  # sources of the latents that are reused
 NUMBER = re.compile(r"\d+")
 ESS_RESOLUTION = 0.01  # effective sample sizes are rounded to this before quantiles are taken
 
@@ -42,29 +44,36 @@ class WeightDiagnostics:
         counts = self.counts
         for group in groups:
             counts["chunks"] += 1
+            counts["candidates"] += len(group)
             counts["distinct"] += len({sample.tokens for sample in group})
-            self._add_weights(np.array([sample.log_weight for sample in group]))
+            self._add_weights(group)
             reference_latent = reference.get((group[0].doc_id, group[0].chunk))
             for sample in group:
-                counts["samples"] += 1
-                counts[sample.finish] += 1
-                counts["tokens"] += len(sample.tokens)
-                self.sums["allowed"] += math.exp(sample.log_allowed)
                 counts["selected_tokens"] += len(sample.tokens) if sample.selected else 0
+                counts["selected_earlier"] += sample.selected and sample.source in EARLIER
+                if sample.source in OWN_PROPOSAL:
+                    counts["samples"] += 1
+                    counts[sample.finish] += 1
+                    counts["tokens"] += len(sample.tokens)
+                    self.sums["allowed"] += math.exp(sample.log_allowed)
                 if reference_latent is not None:
                     self._add_match(sample, reference_latent)
 
     def _add_match(self, sample: Sample, reference_latent: str) -> None:
         counts, is_match = self.counts, sample.latent == reference_latent
         same_numbers = NUMBER.findall(sample.latent) == NUMBER.findall(reference_latent)
-        counts["referenced"] += 1
-        counts["match"] += is_match
-        counts["numbers_match"] += same_numbers
+        if sample.source in OWN_PROPOSAL:
+            counts["referenced"] += 1
+            counts["match"] += is_match
+            counts["numbers_match"] += same_numbers
         counts["selected_referenced"] += sample.selected
         counts["selected_match"] += sample.selected and is_match
         counts["selected_numbers_match"] += sample.selected and same_numbers
 
-    def _add_weights(self, log_w_K: np.ndarray) -> None:
+    def _add_weights(self, group: Sequence[Sample]) -> None:
+        log_w_K = np.array([sample.log_weight for sample in group])
+        drawn = [sample.log_weight for sample in group if sample.source != "retained"]
+        self.sums["log_mean_weight"] += float(iwae_bound(np.array(drawn)))
         weights_K = normalized_weights(log_w_K)
         ess = effective_sample_size(weights_K)
         self.ess_counts[round(ess / ESS_RESOLUTION)] += 1
@@ -76,15 +85,18 @@ class WeightDiagnostics:
     def diagnostics(self) -> dict[str, float]:
         """The diagnostics of docs/method.md, section 4.3, over all chunks that were added.
 
-        Means over chunks: effective sample size (eq. (5); also quantiles), largest normalized
-        weight, standard deviation of log w (nats), number of distinct latents. Fractions of the
-        samples: those whose EoL was forced, and the probability of the draws that are ruled out
-        (NaN where the sampler does not know it). Lengths are in tokens.
+        Means over chunks, of all candidates for the selection: effective sample size (eq. (5); also
+        quantiles), largest normalized weight, standard deviation of log w (nats), number of
+        distinct latents. Fractions of the draws from the model's own q′ (`samples`): those whose
+        EoL was forced, and the probability of the draws that are ruled out (NaN where the sampler
+        does not know it). Fraction of the chunks: those whose selected latent was reused. Lengths
+        are in tokens.
         """
         counts, chunks, samples = self.counts, self.counts["chunks"], self.counts["samples"]
         return {
             "chunks": chunks,
             "samples": samples,
+            "candidates": counts["candidates"],
             "ess_mean": _ratio(self.sums["ess"], chunks),
             "ess_p10": self._ess_quantile(0.1),
             "ess_p50": self._ess_quantile(0.5),
@@ -94,6 +106,7 @@ class WeightDiagnostics:
             "forced_fraction": _ratio(counts["length"], samples),
             "masked_mass": 1 - _ratio(self.sums["allowed"], samples),
             "latent_tokens_mean": _ratio(counts["tokens"], samples),
+            "selected_earlier_fraction": _ratio(counts["selected_earlier"], chunks),
             "selected_latent_tokens": counts["selected_tokens"],
         }
 

@@ -8,6 +8,7 @@ Letters as in docs/method.md: X chunk, C its context, Z latent, q′ proposal, p
                      + log p(X | BOS C SoL Prior Z EoL)                            joint_scores
     eq. (3)   log w  = log p − log q′                                              EStep
     eq. (4)   j ~ Categorical(softmax(log w_1, …, log w_K))                        importance
+    eq. (16)  log w  = log p − log Σ_s (n_s/n) q_s, draws from several laws        mixture
 
 p and q are the same model with different prompts; q′ is q without the tokens that a latent cannot
 contain, and with EoL forced at the maximum length. Log-probabilities are computed from the sampled
@@ -18,88 +19,28 @@ Shapes: K samples of a chunk.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from boltlm.estep.config import SamplingConfig, Selection
+from boltlm.estep.config import PAPER_OPTIONS, EStepOptions, SamplingConfig
+from boltlm.estep.contexts import ChunkInContext, JointScores, Throughput, joint_scores
 from boltlm.estep.importance import select_latent
-from boltlm.estep.samplers import Draw, Sampler, TransformersSampler
-from boltlm.estep.scoring import token_log_probs
-from boltlm.records import Chunk, Sample
+from boltlm.estep.mixture import Candidate, Pool, PreviousDraws
+from boltlm.estep.samplers import Draw, SampleKey, Sampler, TransformersSampler
+from boltlm.estep.scoring import proposal_log_probs, token_log_probs
+from boltlm.records import Sample, SampleSource
 from boltlm.sequences import layouts
 from boltlm.sequences.layouts import TokenIds
-from boltlm.tokens import SpecialTokens, TextCoder
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkInContext:
-    """A chunk X (`text`) and its context C (`context`) as token ids."""
-
-    doc_id: str
-    chunk: int
-    context: tuple[int, ...]
-    text: tuple[int, ...]
-
-
-def chunks_in_context(
-    chunks: Sequence[Chunk], context_chunks: int, token_budget: int
-) -> list[ChunkInContext]:
-    """Chunks with their raw context: up to `context_chunks` preceding chunks of the same document.
-
-    `token_budget`: maximum length of C and X together, in tokens. The chunks of a document must be
-    consecutive and in reading order.
-    """
-    with_context: list[ChunkInContext] = []
-    preceding: list[TokenIds] = []
-    doc_id = None
-    for chunk in chunks:
-        if chunk.doc_id != doc_id:
-            doc_id, preceding = chunk.doc_id, []
-        context = layouts.select_context(
-            preceding, context_chunks, token_budget - len(chunk.tokens)
-        )
-        with_context.append(ChunkInContext(chunk.doc_id, chunk.chunk, tuple(context), chunk.tokens))
-        preceding.append(chunk.tokens)
-    return with_context
-
-
-def forward_tokens(chunk: ChunkInContext, samples: Sequence[Sample]) -> int:
-    """The tokens that the E-step has to run through the model for a chunk: the proposal prompt with
-    every Z EoL after it, and the joint prompt with every Z EoL X after it."""
-    proposal_prompt, joint_prompt = len(chunk.context) + len(chunk.text) + 5, len(chunk.context) + 3
-    ended = sum(len(sample.tokens) + 1 for sample in samples)
-    return proposal_prompt + ended + joint_prompt + ended + len(samples) * len(chunk.text)
-
-
-@dataclass(frozen=True, slots=True)
-class JointScores:
-    """The two terms of eq. (2), in nats: `latent` is log p(Z, EoL | BOS C SoL Prior), `text` is
-    log p(X | BOS C SoL Prior Z EoL)."""
-
-    latent: float
-    text: float
-
-
-@dataclass(slots=True)
-class Throughput:
-    """Time spent on sampling and on scoring (seconds), and the number of tokens processed. Tokens
-    are counted once per sample, including EoL and the chunk's text, even where samples shared
-    computation."""
-
-    sampled_tokens: int = 0
-    scored_tokens: int = 0
-    sample_seconds: float = 0.0
-    score_seconds: float = 0.0
+from boltlm.tokens import TextCoder
 
 
 class EStep:
     """Samples, scores and selects latents with one model, which is both q and p.
 
     `purpose` is part of the keys of all random numbers. Without a `sampler` the model itself draws
-    (TransformersSampler). `selection` "uniform" replaces the weights of eq. (4) by equal ones.
-    `throughput` accumulates over calls of `run`.
+    (TransformersSampler). `options` is the estimator. `throughput` accumulates over calls of `run`.
     """
 
     def __init__(
@@ -112,13 +53,18 @@ class EStep:
         seed: int,
         purpose: str,
         sampler: Sampler | None = None,
-        selection: Selection = "weighted",
+        options: EStepOptions = PAPER_OPTIONS,
     ) -> None:
         self.model, self.coder, self.config = model, coder, config
         self.special_tokens, self.seed, self.purpose = coder.special_tokens, seed, purpose
-        self.max_latent_tokens, self.selection = max_latent_tokens, selection
+        self.max_latent_tokens, self.options = max_latent_tokens, options
         self.sampler: Sampler = sampler or TransformersSampler(
-            model, coder.special_tokens, max_latent_tokens, config.batch_tokens, seed
+            model,
+            coder.special_tokens,
+            max_latent_tokens,
+            config.batch_tokens,
+            seed,
+            options.temperature,
         )
         self.throughput = Throughput()
 
@@ -126,47 +72,123 @@ class EStep:
         self,
         chunks: Sequence[ChunkInContext],
         num_samples: int,
-        previous: Sequence[Sequence[Sample]] | None = None,
+        reusable: Sequence[Sequence[Sample]] | None = None,
+        previous: PreviousDraws | None = None,
     ) -> list[list[Sample]]:
-        """`num_samples` samples of each chunk, one of them selected.
+        """`num_samples` new samples of each chunk, and those that the options add; one of them is
+        selected.
 
-        The random numbers of a sample depend on (seed, purpose, doc_id, chunk, k) only, so a larger
-        K extends a smaller one. `previous`: samples of the same chunks that were drawn for another
-        K or another selection; they are reused, and only the missing ones are drawn.
+        The random numbers of a sample depend on (seed, purpose, doc_id, chunk, source, k) only, so
+        a larger K extends a smaller one. `reusable`: draws from the proposal that this E-step made
+        for another K or with other options; only the missing ones are drawn. `previous`: those of
+        the iteration before, for `options.reuse`. Raises UserError where it lacks a chunk.
         """
-        num_previous = min((len(group) for group in previous or ()), default=0)
-        num_reused = min(num_previous, num_samples)
-        reused = [list(group[:num_reused]) for group in previous or ()] if num_reused else None
-        drawn = None
-        if num_samples > num_previous:
-            drawn = self._draw(chunks, num_samples - num_previous, num_previous)
-        empty: list[list[Sample]] = [[] for _ in chunks]
-        return [
-            self._select([*first, *second])
-            for first, second in zip(reused or empty, drawn or empty, strict=True)
-        ]
+        options = self.options
+        num_proposal = num_samples - options.prior_draws
+        pools = [Pool() for _ in chunks]
+        _add(pools, self._proposal_draws(chunks, num_proposal, reusable))
+        if options.prior_draws:
+            _add(pools, self.draw(chunks, options.prior_draws, source="prior"))
+        if previous is not None:
+            for pool, earlier in zip(pools, self._earlier_draws(chunks, previous), strict=True):
+                pool.candidates += earlier
+        self._add_densities(chunks, pools, previous)
+        if options.extra_draws:
+            self._draw_more(chunks, pools, num_proposal, previous)
+        return [self._select(pool.weighted()) for pool in pools]
 
-    def _draw(
-        self, chunks: Sequence[ChunkInContext], num_samples: int, first_index: int
+    def _proposal_draws(
+        self,
+        chunks: Sequence[ChunkInContext],
+        num_samples: int,
+        reusable: Sequence[Sequence[Sample]] | None,
     ) -> list[list[Sample]]:
-        """Sample and score; no sample is selected yet."""
-        special, batch_tokens = self.special_tokens, self.config.batch_tokens
-        prompts = [layouts.posterior_prompt(special, c.context, c.text) for c in chunks]
-        keys = [("sample", self.purpose, c.doc_id, c.chunk) for c in chunks]
+        num_reusable = min((len(group) for group in reusable or ()), default=0)
+        if num_reusable >= num_samples:
+            return [list(group[:num_samples]) for group in reusable or ()]
+        first = [group[:num_reusable] for group in reusable or [()] * len(chunks)]
+        drawn = self.draw(chunks, num_samples - num_reusable, num_reusable)
+        return [[*old, *new] for old, new in zip(first, drawn, strict=True)]
+
+    def draw(
+        self,
+        chunks: Sequence[ChunkInContext],
+        num_samples: int,
+        first_index: int = 0,
+        *,
+        source: SampleSource = "proposal",
+        keys: Sequence[SampleKey] | None = None,
+    ) -> list[list[Sample]]:
+        """Draws `first_index`, `first_index` + 1, … from the proposal or the prior, scored; none is
+        selected yet. `log_q` is that of the law that was drawn from. `keys`: of the random numbers
+        of each chunk, by default the chunk's own."""
+        prompts = self._prompts(chunks, source)
+        kind = "sample" if source == "proposal" else source
+        keys = keys or [(kind, self.purpose, c.doc_id, c.chunk) for c in chunks]
         start = time.monotonic()
         draws = self.sampler.sample(prompts, keys, num_samples, first_index)
         sampled = time.monotonic()
         if self.config.rescore_q:
-            draws = rescore_proposal(self.model, special, prompts, draws, batch_tokens)
-        scores = joint_scores(self.model, special, chunks, draws, batch_tokens)
+            draws = self._rescored(prompts, draws)
+        latents = [[draw.tokens for draw in draws_K] for draws_K in draws]
+        scores = self._joint_scores(chunks, latents)
         self._record_throughput(chunks, draws, sampled - start, time.monotonic() - sampled)
         return [
             [
-                self._sample(chunk, first_index + k, draw, score)
+                self._sample(chunk, source, first_index + k, draw, score)
                 for k, (draw, score) in enumerate(zip(draws_K, scores_K, strict=True))
             ]
             for chunk, draws_K, scores_K in zip(chunks, draws, scores, strict=True)
         ]
+
+    def _prompts(self, chunks: Sequence[ChunkInContext], law: SampleSource) -> list[list[int]]:
+        special = self.special_tokens
+        if law == "prior":
+            return [layouts.prior_prompt(special, c.context) for c in chunks]
+        return [layouts.posterior_prompt(special, c.context, c.text) for c in chunks]
+
+    def _joint_scores(
+        self, chunks: Sequence[ChunkInContext], latents: Sequence[Sequence[TokenIds]]
+    ) -> list[list[JointScores]]:
+        return joint_scores(
+            self.model, self.special_tokens, chunks, latents, self.config.batch_tokens
+        )
+
+    def _rescored(
+        self, prompts: Sequence[TokenIds], draws: Sequence[Sequence[Draw]]
+    ) -> list[list[Draw]]:
+        """The same draws with log q′, eq. (1), and `log_allowed`, eq. (1a), by the scorer."""
+        eol, temperature = self.special_tokens.eol, self.options.temperature
+        latents = [[draw.tokens for draw in draws_K] for draws_K in draws]
+        ended = [[(*z, eol) for z in group] for group in latents]
+        log_q = self.log_densities(self.model, prompts, latents)
+        plain = token_log_probs(
+            self.model, prompts, ended, self.config.batch_tokens, temperature=temperature
+        )
+        return [
+            [
+                replace(draw, log_q=q, log_allowed=float(plain_L.sum()) - q)
+                for draw, q, plain_L in zip(*scored, strict=True)
+            ]
+            for scored in zip(draws, log_q, plain, strict=True)
+        ]
+
+    def log_densities(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[TokenIds],
+        latents: Sequence[Sequence[TokenIds]],
+    ) -> list[list[float]]:
+        """log q′ of latents behind each prompt, by a model, at this estimator's temperature."""
+        return proposal_log_probs(
+            model,
+            self.special_tokens,
+            prompts,
+            latents,
+            max_latent_tokens=self.max_latent_tokens,
+            batch_tokens=self.config.batch_tokens,
+            temperature=self.options.temperature,
+        )
 
     def _record_throughput(
         self,
@@ -183,11 +205,14 @@ class EStep:
             throughput.sampled_tokens += ended
             throughput.scored_tokens += ended + len(draws_K) * len(chunk.text)
 
-    def _sample(self, chunk: ChunkInContext, index: int, draw: Draw, score: JointScores) -> Sample:
+    def _sample(
+        self, chunk: ChunkInContext, source: SampleSource, k: int, draw: Draw, score: JointScores
+    ) -> Sample:
         return Sample(
             doc_id=chunk.doc_id,
             chunk=chunk.chunk,
-            sample=index,
+            source=source,
+            sample=k,
             latent=self.coder.decode(list(draw.tokens)),
             tokens=draw.tokens,
             finish=draw.finish,
@@ -199,64 +224,70 @@ class EStep:
             selected=False,
         )
 
+    def _earlier_draws(
+        self, chunks: Sequence[ChunkInContext], previous: PreviousDraws
+    ) -> list[list[Candidate]]:
+        """Draws of the iteration before, scored by the present model."""
+        groups = [previous.of(chunk.doc_id, chunk.chunk) for chunk in chunks]
+        latents = [[sample.tokens for sample in group] for group in groups]
+        scores = self._joint_scores(chunks, latents)
+        return [
+            [
+                previous.candidate(sample, score.latent, score.text)
+                for sample, score in zip(*pair, strict=True)
+            ]
+            for pair in zip(groups, scores, strict=True)
+        ]
+
+    def _add_densities(
+        self,
+        chunks: Sequence[ChunkInContext],
+        pools: Sequence[Pool],
+        previous: PreviousDraws | None,
+    ) -> None:
+        """Complete the densities of all candidates under all laws of their pool."""
+        laws: list[SampleSource] = sorted({law for pool in pools for law in pool.laws})
+        for law in laws:
+            missing = [pool.without(law) for pool in pools]
+            rows = [row for row, candidates in enumerate(missing) if candidates]
+            model = previous.model if law == "previous" and previous else self.model
+            assert model is not None, "the model of the previous draws"
+            log_densities = self.log_densities(
+                model,
+                self._prompts([chunks[row] for row in rows], law),
+                [[c.sample.tokens for c in missing[row]] for row in rows],
+            )
+            for row, values in zip(rows, log_densities, strict=True):
+                for candidate, value in zip(missing[row], values, strict=True):
+                    candidate.log_densities[law] = value
+
+    def _draw_more(
+        self,
+        chunks: Sequence[ChunkInContext],
+        pools: Sequence[Pool],
+        first_index: int,
+        previous: PreviousDraws | None,
+    ) -> None:
+        """Add `extra_draws` to the pools whose effective sample size is too small."""
+        is_low = [pool.ess_fraction() < self.options.min_ess_fraction for pool in pools]
+        rows = [row for row, low in enumerate(is_low) if low]
+        some, low = [chunks[row] for row in rows], [pools[row] for row in rows]
+        if rows:
+            _add(low, self.draw(some, self.options.extra_draws, first_index))
+            self._add_densities(some, low, previous)
+
     def _select(self, samples: list[Sample]) -> list[Sample]:
-        """Mark the sample j of eq. (4)."""
-        is_weighted = self.selection == "weighted"
-        log_w_K = np.array([sample.log_weight if is_weighted else 0.0 for sample in samples])
-        doc_id, chunk = samples[0].doc_id, samples[0].chunk
-        j = select_latent(log_w_K, self.seed, "select", self.purpose, doc_id, chunk)
+        """Mark the sample j of eq. (4), or of the control that replaces it."""
+        log_w_K = np.array([sample.log_weight for sample in samples])
+        if self.options.selection == "best":
+            j = int(log_w_K.argmax())
+        else:
+            log_w_K = log_w_K if self.options.selection == "weighted" else np.zeros_like(log_w_K)
+            doc_id, chunk = samples[0].doc_id, samples[0].chunk
+            j = select_latent(log_w_K, self.seed, "select", self.purpose, doc_id, chunk)
         return [replace(sample, selected=k == j) for k, sample in enumerate(samples)]
 
 
-def rescore_proposal(
-    model: PreTrainedModel,
-    special: SpecialTokens,
-    prompts: Sequence[TokenIds],
-    draws: Sequence[Sequence[Draw]],
-    batch_tokens: int,
-) -> list[list[Draw]]:
-    """The same draws with log q′, eq. (1), and `log_allowed`, eq. (1a), by the scorer."""
-    branches = [[(*draw.tokens, special.eol) for draw in draws_K] for draws_K in draws]
-    masked = token_log_probs(model, prompts, branches, batch_tokens, special.barred)
-    plain = token_log_probs(model, prompts, branches, batch_tokens)
-    return [
-        [_rescored(*scored) for scored in zip(draws_K, masked_KL, plain_KL, strict=True)]
-        for draws_K, masked_KL, plain_KL in zip(draws, masked, plain, strict=True)
-    ]
-
-
-def _rescored(draw: Draw, masked_L: np.ndarray, plain_L: np.ndarray) -> Draw:
-    """`masked_L`, `plain_L`: log-probabilities of Z EoL without and with the barred tokens. An EoL
-    that was forced has probability 1 in q′."""
-    log_q = float(masked_L.sum() if draw.finish == "stop" else masked_L[:-1].sum())
-    return replace(draw, log_q=log_q, log_allowed=float(plain_L.sum()) - log_q)
-
-
-def joint_scores(
-    model: PreTrainedModel,
-    special: SpecialTokens,
-    chunks: Sequence[ChunkInContext],
-    draws: Sequence[Sequence[Draw]],
-    batch_tokens: int,
-) -> list[list[JointScores]]:
-    """Both terms of log p, eq. (2), for each draw of each chunk."""
-    prefixes = [layouts.prior_prompt(special, chunk.context) for chunk in chunks]
-    branches = [
-        [(*draw.tokens, special.eol, *chunk.text) for draw in draws_K]
-        for chunk, draws_K in zip(chunks, draws, strict=True)
-    ]
-    log_probs = token_log_probs(model, prefixes, branches, batch_tokens)
-    return [
-        [
-            _split_joint(len(draw.tokens) + 1, log_probs_L)
-            for draw, log_probs_L in zip(draws_K, log_probs_KL, strict=True)
-        ]
-        for draws_K, log_probs_KL in zip(draws, log_probs, strict=True)
-    ]
-
-
-def _split_joint(latent_length: int, log_probs_L: np.ndarray) -> JointScores:
-    """Sums over the tokens of (Z, EoL) and over those of X."""
-    return JointScores(
-        float(log_probs_L[:latent_length].sum()), float(log_probs_L[latent_length:].sum())
-    )
+def _add(pools: Sequence[Pool], groups: Sequence[Sequence[Sample]]) -> None:
+    for pool, group in zip(pools, groups, strict=True):
+        pool.add(group)

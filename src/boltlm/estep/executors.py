@@ -17,7 +17,7 @@ import torch
 
 from boltlm.errors import UserError
 from boltlm.estep.config import SamplingConfig
-from boltlm.estep.estep import Throughput
+from boltlm.estep.contexts import Throughput
 from boltlm.estep.shard_worker import ShardTask, ShardWorker
 
 # State of a worker process, set by _initialize_process and _process_shard.

@@ -25,6 +25,15 @@ def select_latent(log_w_K: np.ndarray, seed: int, *key: str | int) -> int:
     return int(index)
 
 
+def systematic_resample(weights_K: np.ndarray, point: float) -> np.ndarray:
+    """Indices, shape (K,), in which k occurs K ŵ_k times on average over the uniform `point` in
+    [0, 1), and never more than one time off that. `weights_K`: normalized."""
+    cumulative_K = weights_K.cumsum()
+    positions_K = (point + np.arange(len(weights_K))) / len(weights_K) * cumulative_K[-1]
+    indices_K = np.searchsorted(cumulative_K, positions_K, side="right")
+    return np.minimum(indices_K, len(weights_K) - 1)
+
+
 def effective_sample_size(weights_K: np.ndarray) -> float:
     """Eq. (5): ESS = 1 / Σ ŵ², between 1 and K, of normalized weights."""
     return 1 / (weights_K**2).sum()

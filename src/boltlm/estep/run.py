@@ -1,15 +1,17 @@
 """The E-step over a corpus: the stage `latents`, which writes `data/latents/<name>`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from boltlm import checkpoint
 from boltlm.corpus.reference_latents import shard_reference_latents
-from boltlm.estep.config import DrawSettings, EStepSettings
+from boltlm.estep.config import DrawSettings, EStepOptions, EStepSettings
+from boltlm.estep.contexts import Throughput, chunks_in_context, forward_tokens
 from boltlm.estep.diagnostics import WeightDiagnostics
-from boltlm.estep.estep import Throughput, chunks_in_context, forward_tokens
 from boltlm.estep.executors import execute_shards
 from boltlm.estep.shard_worker import ShardTask, context_token_budget, group_by_chunk
+from boltlm.estep.smc import smc_forward_tokens
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import Chunk, Sample, read_shard, shard_paths
 from boltlm.shard_store import run_shards
@@ -22,6 +24,8 @@ def run_estep(
     model: Path,
     split: Path,
     chunks: Path,
+    previous: Path,
+    previous_model: Path,
     work: Path,
     out: Path,
     histogram_path: Path,
@@ -32,8 +36,11 @@ def run_estep(
     diagnostics of section 4.3, with exact-match fractions where the data set provides latents, and
     the wall-clock figures of the draws made in this run (empty if none were made). Random numbers
     are keyed by the name of the model, so entries with the same model share their draws.
+    `previous`, `previous_model`: latents to reuse and the model that drew them, read only where
+    the estimator does so.
     Raises UserError where the model or the chunks are missing, or a worker process dies.
     """
+    reuse = settings.options.reuse
     throughputs = draw_latents(
         settings,
         f"estep {settings.entry.model}",
@@ -43,24 +50,43 @@ def run_estep(
         out=out,
         num_samples=settings.num_samples,
         what=f"latents {settings.name}",
+        previous=previous if reuse != "none" else None,
+        previous_model=previous_model if reuse == "draws" else None,
     )
-    diagnostics, tokens = WeightDiagnostics(), 0
-    token_budget = context_token_budget(
-        TextCoder(checkpoint.final_weights(model)), settings.max_latent_tokens
-    )
+    diagnostics, text_tokens = WeightDiagnostics(), 0
+    coder, forwarded = TextCoder(checkpoint.final_weights(model)), 0
     for path in shard_paths(chunks):
         groups = group_by_chunk(read_shard(out / path.name, Sample))
         shard = read_shard(path, Chunk)
-        in_context = chunks_in_context(shard, settings.context_chunks, token_budget)
-        tokens += sum(map(forward_tokens, in_context, groups))
+        forwarded += _count_forward_tokens(settings, coder, shard, groups)
+        text_tokens += sum(len(chunk.tokens) for chunk in shard)
         diagnostics.add(groups, shard_reference_latents(split / path.name, path))
     bins = (",".join(map(str, line)) for line in diagnostics.histogram())
     lines = ["from_nats,to_nats,count", *bins]
     histogram_path.parent.mkdir(parents=True, exist_ok=True)
     histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
-    metrics["forward_tokens"] = tokens
+    metrics["forward_tokens"] = forwarded
+    if not settings.options.extra_draws:  # with them the mean weight is biased
+        metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
     return metrics, _wall_clock_figures(throughputs)
+
+
+def _count_forward_tokens(
+    settings: EStepSettings,
+    coder: TextCoder,
+    chunks: Sequence[Chunk],
+    groups: Sequence[Sequence[Sample]],
+) -> int:
+    special, context_chunks = coder.special_tokens, settings.context_chunks
+    budget = context_token_budget(coder, settings.max_latent_tokens)
+    if settings.options.method == "smc":
+        return smc_forward_tokens(
+            special, chunks, groups, context_chunks=context_chunks, token_budget=budget
+        )
+    in_context = chunks_in_context(chunks, context_chunks, budget)
+    pairs = zip(in_context, groups, strict=True)
+    return sum(forward_tokens(special, chunk, group) for chunk, group in pairs)
 
 
 def draw_latents(
@@ -73,14 +99,16 @@ def draw_latents(
     out: Path,
     num_samples: int,
     what: str,
+    previous: Path | None = None,
+    previous_model: Path | None = None,
 ) -> list[Throughput]:
     """Write `num_samples` samples of every chunk in `chunks` to `out`, one shard per shard there.
 
     `purpose` keys their random numbers; `what` labels the progress display. Finished shards are
     saved below `work` under a fingerprint of the model's and the chunks' contents, the settings and
-    the code: an interrupted run can be resumed, and a run with another number of samples or another
-    selection reuses the ones that exist. Returns the throughput of each shard that this run
-    processed.
+    the code: an interrupted run can be resumed, and a run with another number of samples or other
+    options of the estimator reuses the draws from the proposal that exist. Returns the throughput
+    of each shard that this run processed.
     """
     facts = {
         "purpose": purpose,
@@ -90,6 +118,7 @@ def draw_latents(
         "context_chunks": settings.context_chunks,
         "max_latent_tokens": settings.max_latent_tokens,
         "sampling": settings.sampling.fingerprint_facts,
+        "temperature": settings.options.temperature,
         "code": hash_code("boltlm.estep.shard_worker"),
     }
     task = ShardTask(
@@ -98,7 +127,10 @@ def draw_latents(
         model=model.resolve(),
         chunks=chunks.resolve(),
         folder=(work / "latents" / fingerprint(facts)).resolve(),
+        variant=_variant(settings.options, previous, previous_model),
         num_samples=num_samples,
+        previous=previous.resolve() if previous else None,
+        previous_model=previous_model.resolve() if previous_model else None,
     )
     return run_shards(
         [path.name for path in shard_paths(chunks)],
@@ -108,6 +140,16 @@ def draw_latents(
         what=what,
         workers=settings.sampling.workers,
     )
+
+
+def _variant(options: EStepOptions, previous: Path | None, previous_model: Path | None) -> str:
+    """A name for the estimator that does not depend on K."""
+    facts: dict[str, object] = asdict(options)
+    if previous is not None:
+        facts["previous"] = hash_path(previous)
+    if previous_model is not None:
+        facts["previous_model"] = hash_path(checkpoint.final_weights(previous_model))
+    return fingerprint(facts)
 
 
 def _wall_clock_figures(throughputs: Sequence[Throughput]) -> dict[str, float]:

@@ -59,7 +59,7 @@ class TransformersSampler:
 
     Each draw has its own uniform number for each step, so it does not depend on the rest of its
     batch. Draws of a prompt that agree so far share one row of the batch: the prompt, and every
-    common prefix of draws, is computed once.
+    common prefix of draws, is computed once. `temperature` divides the logits.
     """
 
     model: PreTrainedModel
@@ -67,6 +67,7 @@ class TransformersSampler:
     max_latent_tokens: int
     batch_tokens: int
     seed: int
+    temperature: float = 1.0
 
     def sample(
         self,
@@ -128,7 +129,7 @@ class TransformersSampler:
                 use_cache=True,
             ).logits[:, -1]
         else:  # some draws have reached the limit: EoL follows with probability 1
-            log_eol_B = logits_BV.float().log_softmax(-1)[:, eol].tolist()
+            log_eol_B = self._log_probs(logits_BV)[:, eol].tolist()
             for row, log_eol in zip(rows, log_eol_B, strict=True):
                 log_allowed_D[row] += log_eol
         return [
@@ -141,13 +142,17 @@ class TransformersSampler:
             for token_L, log_q, log_allowed in zip(tokens, log_q_D, log_allowed_D, strict=True)
         ]
 
+    def _log_probs(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        scaled_BV = logits_BV.float() if self.temperature == 1 else logits_BV / self.temperature
+        return scaled_BV.float().log_softmax(-1)
+
     def _choose_tokens(
         self, logits_BV: torch.Tensor, rows: list[list[int]], noise_D: np.ndarray
     ) -> tuple[list[list[int]], list[list[float]], list[float]]:
         """The next token of each row's draws and its log q′, both (B, K) with K the maximum number
         of draws of a row (shorter rows are padded), and the log of the probability that q gives to
         all allowed tokens, (B,)."""
-        log_probs_BV = logits_BV.float().log_softmax(-1)
+        log_probs_BV = self._log_probs(logits_BV)
         log_probs_BV[:, list(self.special_tokens.barred)] = -torch.inf
         noise_BK = np.zeros((len(rows), max(map(len, rows))))
         for index, row in enumerate(rows):

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from boltlm.estep.kv_cache import batch_by_length, prefill
 from boltlm.sequences.layouts import TokenIds
+from boltlm.tokens import SpecialTokens
 
 LOGIT_POSITIONS = 8192  # positions whose logits are in memory at once
 
@@ -24,6 +25,7 @@ def token_log_probs(
     branches: Sequence[Sequence[TokenIds]],
     batch_tokens: int,
     barred: Sequence[int] = (),
+    temperature: float = 1.0,
 ) -> list[list[np.ndarray]]:
     """log p(token | prefix, preceding tokens) for every token of every branch, in nats.
 
@@ -31,7 +33,8 @@ def token_log_probs(
     float64 array of shape (length of the branch,) for each. A prefix has at least one token, a
     branch may be empty. The branches of a prefix share its key–value cache, and equal branches are
     scored once. `batch_tokens`: maximum number of tokens in a batch. `barred`: tokens that have
-    probability 0, the others being renormalised; no branch contains one.
+    probability 0, the others being renormalised; no branch contains one. `temperature` divides the
+    logits.
     """
     unique = [sorted({tuple(branch) for branch in group if branch}) for group in branches]
     max_lengths = [max(map(len, group), default=0) for group in unique]
@@ -44,7 +47,11 @@ def token_log_probs(
         indices = [nonempty[i] for i in batch]
         rows = [(i, branch) for i in indices for branch in unique[i]]
         log_probs_BL = _score_batch(
-            model, [prefixes[i] for i in indices], [unique[i] for i in indices], barred
+            model,
+            [prefixes[i] for i in indices],
+            [unique[i] for i in indices],
+            barred,
+            temperature,
         )
         for (index, branch), log_probs_L in zip(rows, log_probs_BL, strict=True):
             scores[index][branch] = log_probs_L
@@ -59,6 +66,7 @@ def _score_batch(
     prefixes: list[TokenIds],
     groups: list[list[tuple[int, ...]]],
     barred: Sequence[int],
+    temperature: float,
 ) -> list[np.ndarray]:
     """Cache each prefix without its last token, then run that token and the branch after it."""
     device = model.device
@@ -86,7 +94,8 @@ def _score_batch(
         use_cache=bool(arguments),
         **arguments,
     ).last_hidden_state
-    log_probs_BL = target_log_probs(model, hidden_BLD, targets_BL, barred).double().cpu().numpy()
+    log_probs = target_log_probs(model, hidden_BLD, targets_BL, barred, temperature)
+    log_probs_BL = log_probs.double().cpu().numpy()
     return [log_probs_BL[row, : len(branch)] for row, branch in enumerate(branches)]
 
 
@@ -95,10 +104,11 @@ def target_log_probs(
     hidden_BLD: torch.Tensor,
     targets_BL: torch.Tensor,
     barred: Sequence[int],
+    temperature: float,
 ) -> torch.Tensor:
-    """Log-probabilities of the targets, shape (B, L), from the last hidden states, when the tokens
-    `barred` have probability 0. The logits are computed for LOGIT_POSITIONS positions at a time,
-    which bounds their memory."""
+    """Log-probabilities of the targets, shape (B, L), from the last hidden states, when logits are
+    divided by `temperature` and the tokens `barred` have probability 0. The logits are computed
+    for LOGIT_POSITIONS positions at a time, which bounds their memory."""
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output layer"
     barred_ids = torch.tensor(barred, dtype=torch.long, device=hidden_BLD.device)
@@ -106,9 +116,30 @@ def target_log_probs(
     parts = [
         head(flat_hidden[i : i + LOGIT_POSITIONS])
         .float()
+        .div_(temperature)
         .index_fill_(1, barred_ids, -torch.inf)
         .log_softmax(-1)
         .gather(1, flat_targets[i : i + LOGIT_POSITIONS, None])[:, 0]
         for i in range(0, len(flat_targets), LOGIT_POSITIONS)
     ]
     return torch.cat(parts).view(targets_BL.shape)
+
+
+def proposal_log_probs(
+    model: PreTrainedModel,
+    special: SpecialTokens,
+    prompts: Sequence[TokenIds],
+    latents: Sequence[Sequence[TokenIds]],
+    *,
+    max_latent_tokens: int,
+    batch_tokens: int,
+    temperature: float = 1.0,
+) -> list[list[float]]:
+    """log q′(Z, EoL | prompt) of the latents of each prompt, eq. (1), in nats: special tokens are
+    barred, and EoL has probability 1 behind a latent of `max_latent_tokens` tokens."""
+    branches = [
+        [(*z, special.eol) if len(z) < max_latent_tokens else tuple(z) for z in group]
+        for group in latents
+    ]
+    scores = token_log_probs(model, prompts, branches, batch_tokens, special.barred, temperature)
+    return [[float(log_probs_L.sum()) for log_probs_L in group] for group in scores]

@@ -4,17 +4,27 @@ A shard's samples depend on its chunks, the model, the settings and the code, an
 (docs/method.md, section 4.4).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from boltlm import checkpoint
+from boltlm.errors import UserError
 from boltlm.estep.config import DrawSettings
-from boltlm.estep.estep import EStep, Throughput, chunks_in_context
+from boltlm.estep.contexts import ChunkInContext, Throughput, chunks_in_context
+from boltlm.estep.estep import EStep
+from boltlm.estep.mixture import PreviousDraws
+from boltlm.estep.smc import run_smc
 from boltlm.records import Chunk, Sample, read_shard, write_shard
+from boltlm.sequences import layouts
 from boltlm.shard_store import is_complete, mark_complete
 from boltlm.tokens import TextCoder, chunk_token_budget
+
+MAX_DENSITY_ERROR = 0.5  # of stored and recomputed log q, nats: above any rounding in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +32,10 @@ class ShardTask:
     """What a worker needs to process shards, in whichever process or on whichever node it runs.
 
     `model` and `chunks`: the folders of the checkpoint and of the table of chunks. `folder`: the
-    work folder of the draws, with a subfolder of finished shards for each selection and number of
-    samples: the draws are shared, and what is selected among them is not.
+    work folder of the draws, with a subfolder of finished shards for each `variant` of the
+    estimator and number of samples: draws from the proposal are shared, all else is not.
+    `previous`, `previous_model`: the folders of the latents of the iteration before and of the
+    model that drew them, where the estimator reuses them.
     """
 
     settings: DrawSettings
@@ -31,19 +43,23 @@ class ShardTask:
     model: Path
     chunks: Path
     folder: Path
+    variant: str
     num_samples: int
+    previous: Path | None = None
+    previous_model: Path | None = None
 
     def samples_folder(self, num_samples: int) -> Path:
-        return self.folder / f"{self.settings.selection}-k{num_samples}"
+        return self.folder / f"{self.variant}-k{num_samples}"
 
     def reusable_samples(self, shard: str) -> list[list[Sample]] | None:
-        """The samples of a shard that were drawn for another K or another selection, by chunk: the
-        largest such K whose shard is complete, or None."""
+        """The draws of a shard from the proposal that were made for another K or another variant,
+        by chunk: those of the largest such K whose shard is complete, or None."""
         counts = {path: int(path.name.rpartition("-k")[2]) for path in self.folder.glob("*-k*")}
         for folder in sorted(counts, key=lambda path: (counts[path], path.name), reverse=True):
             path = folder / shard
             if folder != self.samples_folder(self.num_samples) and is_complete(path):
-                return group_by_chunk(read_shard(path, Sample))
+                groups = group_by_chunk(read_shard(path, Sample))
+                return [[s for s in group if s.source == "proposal"] for group in groups]
         return None
 
 
@@ -59,14 +75,64 @@ class ShardWorker:
         """Write the samples of one shard to the work folder and mark it complete."""
         task, estep = self.task, self.estep
         estep.throughput = Throughput()
-        chunks = chunks_in_context(
-            read_shard(task.chunks / shard, Chunk), task.settings.context_chunks, self.token_budget
-        )
-        groups = estep.run(chunks, task.num_samples, task.reusable_samples(shard))
+        chunks = read_shard(task.chunks / shard, Chunk)
+        size, context_chunks = task.num_samples, task.settings.context_chunks
+        if task.settings.options.method == "smc":
+            groups = run_smc(
+                estep,
+                chunks,
+                size,
+                context_chunks=context_chunks,
+                token_budget=self.token_budget,
+            )
+        else:
+            in_context = chunks_in_context(chunks, context_chunks, self.token_budget)
+            previous = self._previous_draws(shard, in_context)
+            groups = estep.run(in_context, size, task.reusable_samples(shard), previous)
         path = task.samples_folder(task.num_samples) / shard
         write_shard(path, Sample, [sample for group in groups for sample in group])
         mark_complete(path)
         return estep.throughput
+
+    @cached_property
+    def _previous_model(self) -> PreTrainedModel | None:
+        folder = self.task.previous_model
+        if folder is None:
+            return None
+        precision = self.task.settings.sampling.precision
+        return checkpoint.load_model(checkpoint.final_weights(folder), precision)
+
+    def _previous_draws(self, shard: str, chunks: Sequence[ChunkInContext]) -> PreviousDraws | None:
+        """The samples of the iteration before. Raises UserError where the table lacks the shard, or
+        where other settings or another model made its draws."""
+        if self.task.previous is None:
+            return None
+        path = self.task.previous / shard
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such file; `previous` must have latents of the same corpus"
+            )
+        groups = {(g[0].doc_id, g[0].chunk): g for g in group_by_chunk(read_shard(path, Sample))}
+        previous = PreviousDraws(groups, self._previous_model)
+        if previous.model is not None:
+            self._check_densities(previous, previous.model, chunks[0], path)
+        return previous
+
+    def _check_densities(
+        self, previous: PreviousDraws, model: PreTrainedModel, chunk: ChunkInContext, path: Path
+    ) -> None:
+        """Raises UserError where the stored log q of a chunk's draws is not that of `model`."""
+        samples = previous.of(chunk.doc_id, chunk.chunk)
+        special = self.estep.special_tokens
+        prompts = [layouts.posterior_prompt(special, chunk.context, chunk.text)]
+        (log_q_K,) = self.estep.log_densities(model, prompts, [[s.tokens for s in samples]])
+        differences = [abs(q - s.log_q) for q, s in zip(log_q_K, samples, strict=True)]
+        if not max(differences) < MAX_DENSITY_ERROR:
+            raise UserError(
+                f"{path}: the log q of its draws is not that of {self.task.previous_model} (off by"
+                f" {max(differences):.2g} nats); `previous_model` must be the model that made"
+                " `previous`, with the same temperature and max_latent_tokens"
+            )
 
 
 def build_estep(settings: DrawSettings, model: Path, *, purpose: str) -> EStep:
@@ -98,7 +164,7 @@ def build_estep(settings: DrawSettings, model: Path, *, purpose: str) -> EStep:
         seed=settings.seed,
         purpose=purpose,
         sampler=sampler,
-        selection=settings.selection,
+        options=settings.options,
     )
 
 

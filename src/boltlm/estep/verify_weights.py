@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from boltlm.checkpoint import final_weights
 from boltlm.estep.config import DrawSettings
-from boltlm.estep.estep import ChunkInContext, chunks_in_context
+from boltlm.estep.contexts import ChunkInContext, chunks_in_context
 from boltlm.estep.importance import normalized_weights
 from boltlm.estep.shard_worker import build_estep, context_token_budget
 from boltlm.records import Chunk, Sample, read_shard, shard_paths

@@ -15,7 +15,7 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from boltlm.estep.config import DrawSettings
-from boltlm.estep.estep import ChunkInContext, chunks_in_context
+from boltlm.estep.contexts import ChunkInContext, chunks_in_context
 from boltlm.estep.importance import iwae_bound
 from boltlm.estep.scoring import token_log_probs
 from boltlm.estep.shard_worker import context_token_budget

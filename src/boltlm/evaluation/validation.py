@@ -9,7 +9,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from boltlm.estep.config import DrawSettings
-from boltlm.estep.estep import EStep, chunks_in_context
+from boltlm.estep.contexts import chunks_in_context
+from boltlm.estep.estep import EStep
 from boltlm.estep.shard_worker import context_token_budget
 from boltlm.evaluation import likelihood
 from boltlm.records import Chunk, read_table

@@ -1,11 +1,11 @@
 """The part of each model in the experiment: the EM chain, its controls and the baselines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from boltlm.errors import UserError
-from boltlm.estep.config import LatentsEntry
+from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
 from boltlm.params import from_key
 from boltlm.training.config import ModelEntry
@@ -116,7 +116,11 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
 
 def _note(entry: LatentsEntry) -> str:
     parts = [f"K = {entry.k_samples}"] if entry.k_samples else []
-    parts += ["chosen uniformly"] if entry.selection == "uniform" else []
+    parts += [
+        f"{option} {value}"
+        for option, value in asdict(entry.estep).items()
+        if value != getattr(PAPER_OPTIONS, option)
+    ]
     return "".join(f", {part}" for part in parts)
 
 
