@@ -47,6 +47,7 @@ class LatentsStage:
         self, folder: Path, model: Path, shard_documents: int, documents: int = DOCUMENTS
     ) -> None:
         self.folder, self.model, self.params = folder, model, small_params()
+        self.previous_model = model
         self.params["corpora"]["em"]["documents"] = documents
         self.params["split"]["shard_documents"] = shard_documents
         lengths = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2)
@@ -81,7 +82,7 @@ class LatentsStage:
             split=self.folder / "split" / "em",
             chunks=self.chunks,
             previous=self.previous,
-            previous_model=self.model,
+            previous_model=self.previous_model,
             work=self.folder / "work",
             out=self.out,
             histogram_path=self.folder / "histogram.csv",

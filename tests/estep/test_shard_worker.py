@@ -1,17 +1,20 @@
 """The E-step over a corpus: the same samples whatever the shards, interruptions and reruns."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from boltlm.errors import UserError
 from boltlm.estep.contexts import ChunkInContext, chunks_in_context
 from boltlm.estep.estep import EStep
 from boltlm.estep.samplers import TransformersSampler
 from boltlm.estep.shard_worker import group_by_chunk
-from boltlm.records import Chunk, Sample, read_shard, read_table
+from boltlm.records import Chunk, Sample, read_shard, read_table, write_shard
 from boltlm.tokens import TextCoder
 from tests import reference
 from tests.estep.stage_harness import DOCUMENTS, LatentsStage, content, small_params
@@ -59,12 +62,12 @@ def test_an_interrupted_stage_resumes(
     run = EStep.run
 
     def interrupted_run(
-        self: EStep, chunks: Sequence[ChunkInContext], num_samples: int, previous: Any
+        self: EStep, chunks: Sequence[ChunkInContext], *arguments: Any
     ) -> list[list[Sample]]:
         processed.append({chunk.doc_id for chunk in chunks})
         if len(processed) == 3:
             raise KeyboardInterrupt
-        return run(self, chunks, num_samples, previous)
+        return run(self, chunks, *arguments)
 
     monkeypatch.setattr(EStep, "run", interrupted_run)
     with pytest.raises(KeyboardInterrupt):
@@ -195,3 +198,76 @@ def test_forward_tokens_are_counted_over_the_corpus(
         total += len(posterior) + len(prior)
         total += sum(2 * (len(s.tokens) + 1) + len(chunk.text) for s in group)
     assert metrics["forward_tokens"] == total
+
+
+def test_the_iteration_before_is_reused(
+    base_folder: Path, tmp_path: Path, sampler_calls: list[tuple[int, int]]
+) -> None:
+    """Its own draws with their weights in the mixture, or the latent that it selected, beside the
+    draws of this entry, which are shared with it here. A second run draws nothing."""
+    stage = LatentsStage(tmp_path, base_folder, 100)
+    stage.run()
+    earlier = group_by_chunk(stage.samples())
+    shutil.copytree(stage.out, stage.previous)
+    del sampler_calls[:]
+    for reuse, kept in (("draws", earlier), ("selected", [_selected(g) for g in earlier])):
+        stage.params["estep"]["reuse"] = reuse
+        metrics, _ = stage.run("next")
+        groups = group_by_chunk(stage.samples())
+        assert metrics["candidates"] == sum(map(len, groups))
+        for group, own, old in zip(groups, earlier, kept, strict=True):
+            assert [s.tokens for s in group] == [s.tokens for s in [*own, *old]]
+            for sample, same in zip(group, [*own, *old], strict=True):
+                assert sample.log_weight == pytest.approx(same.log_weight, abs=1e-3)
+    assert 0 < metrics["selected_earlier_fraction"] < 1
+    again, _ = stage.run("next")
+    assert again == metrics
+    assert sampler_calls == []
+
+
+def _selected(group: list[Sample]) -> list[Sample]:
+    return [s for s in group if s.selected]
+
+
+def test_latents_of_another_model_or_corpus_are_not_reused(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    """Each is found before anything is drawn for the shard, and one line says what to do."""
+    stage = LatentsStage(tmp_path, base_folder, 100)
+    stage.run()
+    stage.params["estep"]["reuse"] = "draws"
+    shutil.copytree(stage.out, stage.previous)
+    (stage.previous / "00000.parquet").rename(stage.previous / "00001.parquet")
+    with pytest.raises(UserError, match="no such file; `previous` must name latents of the same"):
+        stage.run("next")
+    shutil.rmtree(stage.previous)
+    shutil.copytree(stage.out, stage.previous)
+    stage.previous_model = tmp_path / "other"
+    shutil.copytree(base_folder, stage.previous_model)
+    weights = stage.previous_model / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="`previous_model` must be the model that made `previous`"):
+        stage.run("next")
+    path = stage.previous / "00000.parquet"
+    rows = [s for s in read_shard(path, Sample) if s.chunk == 0]
+    write_shard(path, Sample, rows)
+    stage.params["estep"]["reuse"] = "selected"
+    with pytest.raises(UserError, match="no draws for chunk 1 of document"):
+        stage.run("next")
+
+
+def test_sequential_monte_carlo_as_a_stage(base_folder: Path, tmp_path: Path) -> None:
+    """Every chunk has its particles, one of them selected, whatever the shards."""
+    results = []
+    for size in (100, 3):
+        stage = LatentsStage(tmp_path / str(size), base_folder, size)
+        stage.params["sequences"] |= {"layout": "document", "context_loss": True}
+        stage.params["estep"]["method"] = "smc"
+        metrics, _ = stage.run()
+        groups = group_by_chunk(stage.samples())
+        assert all(len(group) == 3 and len(_selected(group)) == 1 for group in groups)
+        assert metrics["candidates"] == metrics["samples"] == 3 * len(groups)
+        assert metrics["bound_per_token"] < 0
+        results.append((content(stage.samples()), metrics["forward_tokens"]))
+    assert results[0] == results[1]
