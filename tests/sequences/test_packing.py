@@ -17,13 +17,9 @@ from hypothesis import strategies as st
 from boltlm.errors import UserError
 from boltlm.seeds import generator
 from boltlm.sequences import layouts, packing, store
+from boltlm.sequences.formatter import SequenceFormatter
 from boltlm.sequences.layouts import LatentPair, SequenceConfig
-from boltlm.sequences.packing import (
-    IGNORE_INDEX,
-    PackedDataset,
-    SequenceFormatter,
-    SequenceSource,
-)
+from boltlm.sequences.packing import IGNORE_INDEX, PackedDataset, SequenceSource
 from boltlm.sequences.store import DocumentStore, TokenizedDocument
 from boltlm.tokens import SpecialTokens
 
@@ -35,6 +31,7 @@ def make_formatter(**changes: Any) -> SequenceFormatter:
     values: dict[str, Any] = {
         "special_tokens": SPECIAL,
         "sequence_format": "latent",
+        "draws": "selected",
         "layout": "document",
         "context_loss": True,
         "context_chunks": 3,
@@ -64,7 +61,8 @@ def epoch_tokens(
     formatter: SequenceFormatter, corpus: DocumentStore, epoch: int, scratch: Path
 ) -> np.ndarray:
     """All tokens of one epoch, in its order."""
-    return np.concatenate(list(SequenceSource(corpus, formatter).segments(epoch, scratch)))
+    segments = SequenceSource(corpus, formatter).segments(epoch, scratch)
+    return np.concatenate([tokens for tokens, _ in segments])
 
 
 def segments_in_order(
@@ -414,7 +412,7 @@ def test_two_sources_of_one_corpus_have_different_orders(tmp_path: Path) -> None
     corpus = make_store(tmp_path, make_documents(50))
     formatter = make_formatter(sequence_format="raw")
     first, second = (
-        split_at_bos(np.concatenate(list(source.segments(0, tmp_path))))
+        split_at_bos(np.concatenate([tokens for tokens, _ in source.segments(0, tmp_path)]))
         for source in (
             SequenceSource(corpus, formatter, 0.5, ()),
             SequenceSource(corpus, formatter, 0.5, ("raw",)),

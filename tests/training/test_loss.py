@@ -78,7 +78,7 @@ def test_the_chunked_loss_is_cross_entropy(
     for tensor in inputs:
         tensor.grad = None
     loss: Any = ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, targets_N, torch.float64, max_logits
+        hidden_ND, weight_VD, bias_V, targets_N, None, torch.float64, max_logits
     )
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
     (3.0 * loss).backward()

@@ -12,8 +12,9 @@ from boltlm.errors import UserError
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Paraphrase, TeacherLatent, write_shard
 from boltlm.sequences import store
+from boltlm.sequences.formatter import SequenceFormatter
 from boltlm.sequences.layouts import SequenceFormat
-from boltlm.sequences.packing import SequenceFormatter, SequenceSource
+from boltlm.sequences.packing import SequenceSource
 from boltlm.timing import read_timing
 from boltlm.tokens import TextCoder
 from boltlm.training import job
@@ -69,6 +70,7 @@ def run_model(
             "corpus": "em",
             "data": "teacher/all",
             "format": sequence_format,
+            "draws": "selected",
             "mix_raw": 0,
             "mix_corpus": "em",
             "budget": {"kind": budget[0], "amount": budget[1]},
@@ -99,6 +101,7 @@ def epoch_tokens(
     formatter = SequenceFormatter(
         special_tokens=TextCoder(base).special_tokens,
         sequence_format=sequence_format,
+        draws="selected",
         layout="document",
         context_loss=True,
         context_chunks=3,
