@@ -27,12 +27,13 @@ from tests import tiny
 from tests.training.harness import column, read_log
 
 SEQUENCE_LENGTH, BATCH_SIZE = 32, 4
+DRAWN: dict[str, Any] = {"latents": "latents/em1", "layout": "chunk"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six documents of two chunks, all but one with latents: a teacher's, and three that were drawn,
-    two of them equal, with the weights ŵ = 0.75 and 0.25. The second one is selected."""
+    """Six documents of two chunks, all but one with latents: a teacher's, and three draws, two of
+    them equal, with the weights ŵ = 0.75 and 0.25. The second draw is selected."""
     folder = tmp_path_factory.mktemp("data")
     chunks = [
         Chunk(doc_id=f"d{d}", chunk=c, text="x", tokens=tuple(range(2, 12 + d)))
@@ -231,7 +232,7 @@ def test_unfinished_work_is_named_by_what_changes_the_result(
     data: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was killed for its memory resumes with smaller micro-batches; one with another
-    learning rate starts anew."""
+    learning rate or other draws starts anew."""
     folders: list[str] = []
 
     def record(*_args: Any, checkpoints: CheckpointManager, **_named: Any) -> None:
@@ -242,10 +243,11 @@ def test_unfinished_work_is_named_by_what_changes_the_result(
     for train in ({}, {"micro_batch_size": 1, "checkpoint_every": 3}, {"learning_rate": 0.5}):
         with pytest.raises(InterruptedError):
             run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), train=train)
-    assert folders[0] == folders[1] != folders[2]
-
-
-DRAWN: dict[str, Any] = {"latents": "latents/em1", "layout": "chunk"}
+    for draws in ("selected", "resampled", "weighted"):
+        with pytest.raises(InterruptedError):
+            run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), draws=draws, **DRAWN)
+    assert folders[0] == folders[1]
+    assert len(set(folders[1:])) == 5
 
 
 def test_every_choice_of_draws_has_its_tokens(
