@@ -30,8 +30,9 @@ from sides import add_paths, measured  # noqa: E402
 from boltlm.corpus.generated import GeneratedSource, generate_documents  # noqa: E402
 from boltlm.params import build, load  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
+from boltlm.sequences.formatter import SequenceFormatter  # noqa: E402
 from boltlm.sequences.layouts import SequenceFormat  # noqa: E402
-from boltlm.sequences.packing import SequenceFormatter, SequenceSource  # noqa: E402
+from boltlm.sequences.packing import SequenceSource  # noqa: E402
 from boltlm.sequences.store import BATCH_TEXTS, TokenizedDocument  # noqa: E402
 from boltlm.tokens import TextCoder  # noqa: E402
 
@@ -100,6 +101,7 @@ def pack(
     formatter = SequenceFormatter(
         special_tokens=coder.special_tokens,
         sequence_format=sequence_format,
+        draws="selected",
         layout="chunk",
         context_loss=True,
         context_chunks=3,

@@ -31,7 +31,8 @@ from boltlm import checkpoint  # noqa: E402
 from boltlm.params import build, load  # noqa: E402
 from boltlm.seeds import generator  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
-from boltlm.sequences.packing import PackedDataset, SequenceFormatter, SequenceSource  # noqa: E402
+from boltlm.sequences.formatter import SequenceFormatter  # noqa: E402
+from boltlm.sequences.packing import PackedDataset, SequenceSource  # noqa: E402
 from boltlm.tokens import TextCoder  # noqa: E402
 from boltlm.training import hardware  # noqa: E402
 from boltlm.training.checkpointing import CheckpointManager  # noqa: E402
@@ -95,6 +96,7 @@ def make_dataset(args: argparse.Namespace, folder: Path, vocab_size: int) -> Pac
     formatter = SequenceFormatter(
         special_tokens=coder.special_tokens,
         sequence_format="latent",
+        draws="selected",
         layout="chunk",
         context_loss=True,
         context_chunks=3,

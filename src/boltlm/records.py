@@ -262,6 +262,13 @@ def read_tokens(path: Path, kind: type[_R], *, only: str | None = None) -> Token
     )
 
 
+def read_numbers(path: Path, kind: type[_R], name: str) -> np.ndarray:
+    """A column of numbers of one shard, in the order of its rows. Raises UserError as `read_shard`
+    does."""
+    _check(path, kind)
+    return pq.read_table(path, columns=[name]).column(name).to_numpy()
+
+
 def read_table(folder: Path, kind: type[_R]) -> Iterator[_R]:
     """All records of a table in order; one shard is in memory at a time."""
     for path in shard_paths(folder):

@@ -20,6 +20,7 @@ def model(data: str, sequence_format: str = "latent", parent: str = "base") -> d
         "corpus": "em",
         "data": data,
         "format": sequence_format,
+        "draws": "selected",
         "mix_raw": 0.0,
         "mix_corpus": "em",
         "budget": {"kind": "epochs", "amount": 1},

@@ -30,7 +30,7 @@ from tests import tiny
 
 VOCAB_SIZE, SEQUENCE_LENGTH, SEED = 30, 12, 4
 NUM_STEPS, NUM_TARGETS = 6, 199  # of `make_dataset` in batches of three sequences
-Batch = tuple[np.ndarray, np.ndarray]
+Batch = tuple[np.ndarray, ...]
 
 
 def make_dataset() -> PackedDataset:
@@ -143,6 +143,7 @@ def raw_run_params(budget: dict[str, Any], sequence_length: int, **train: Any) -
     params["train"] |= train
     params["sequences"] |= {"sequence_length": sequence_length, "layout": "document"}
     entry = {"parent": "base", "corpus": "em", "data": "split/em", "format": "raw", "train": {}}
+    entry["draws"] = "selected"
     params["models"] = {"arm": {**entry, "mix_raw": 0, "mix_corpus": "em", "budget": budget}}
     return params
 

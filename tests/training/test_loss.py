@@ -59,26 +59,34 @@ MODELS = {
     vocab_size=st.integers(2, 7),
     max_logits=st.integers(1, 70),
     bias=st.booleans(),
+    weighted=st.booleans(),
     data=st.data(),
 )
 def test_the_chunked_loss_is_cross_entropy(
-    positions: int, vocab_size: int, max_logits: int, bias: bool, data: st.DataObject
+    positions: int,
+    vocab_size: int,
+    max_logits: int,
+    bias: bool,
+    weighted: bool,
+    data: st.DataObject,
 ) -> None:
     """In float64, for any chunk size; targets of IGNORE_INDEX contribute neither loss nor
-    gradient."""
+    gradient, and the others as much as their weight says."""
     ids = st.sampled_from([IGNORE_INDEX, *range(vocab_size)])
     targets_N = torch.tensor(data.draw(st.lists(ids, min_size=positions, max_size=positions)))
     torch.manual_seed(1)
     shapes = ((positions, 3), (vocab_size, 3), (vocab_size,))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     hidden_ND, weight_VD, bias_V = inputs[0], inputs[1], inputs[2] if bias else None
-    expected = cross_entropy(linear(hidden_ND, weight_VD, bias_V), targets_N, reduction="sum")
+    loss_weights_N = torch.rand(positions) if weighted else None
+    losses_N = cross_entropy(linear(hidden_ND, weight_VD, bias_V), targets_N, reduction="none")
+    expected = (losses_N if loss_weights_N is None else losses_N * loss_weights_N).sum()
     (3.0 * expected).backward()
     expected_grads = [tensor.grad for tensor in inputs]
     for tensor in inputs:
         tensor.grad = None
     loss: Any = ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, targets_N, torch.float64, max_logits
+        hidden_ND, weight_VD, bias_V, targets_N, loss_weights_N, torch.float64, max_logits
     )
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
     (3.0 * loss).backward()

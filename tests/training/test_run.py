@@ -10,37 +10,54 @@ import pytest
 
 from boltlm.errors import UserError
 from boltlm.params import build_settings, load
-from boltlm.records import Chunk, Paraphrase, TeacherLatent, write_shard
+from boltlm.records import Chunk, Paraphrase, Sample, TeacherLatent, write_shard
 from boltlm.sequences import store
+from boltlm.sequences.formatter import SequenceFormatter
 from boltlm.sequences.layouts import SequenceFormat
-from boltlm.sequences.packing import SequenceFormatter, SequenceSource
+from boltlm.sequences.packing import SequenceSource
 from boltlm.timing import read_timing
 from boltlm.tokens import TextCoder
 from boltlm.training import job
 from boltlm.training.checkpointing import CheckpointManager
+from boltlm.training.compute import write_compute
 from boltlm.training.config import TrainSettings
+from boltlm.training.metrics_logger import MetricsLogger
 from boltlm.training.run import TrainPaths, run_training
 from tests import tiny
 from tests.training.harness import column, read_log
 
 SEQUENCE_LENGTH, BATCH_SIZE = 32, 4
+DRAWN: dict[str, Any] = {"latents": "latents/em1", "layout": "chunk"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six documents of two chunks, all but one of which have a latent."""
+    """Six documents of two chunks, all but one with latents: a teacher's, and three draws, two of
+    them equal, with the weights ŵ = 0.75 and 0.25. The second draw is selected."""
     folder = tmp_path_factory.mktemp("data")
     chunks = [
         Chunk(doc_id=f"d{d}", chunk=c, text="x", tokens=tuple(range(2, 12 + d)))
         for d in range(6)
         for c in range(2)
     ]
-    latents = [
+    written = [
         TeacherLatent(doc_id=c.doc_id, chunk=c.chunk, latent="z", tokens=(30, 31, 32), reason=None)
         for c in chunks[1:]
     ]
+    samples = [
+        Sample(
+            doc_id=c.doc_id, chunk=c.chunk, sample=k, latent="z", tokens=tokens, finish="stop",
+            log_q=-1.0, log_allowed=0.0, log_p_latent=-1.0, log_p_text=-1.0,
+            log_weight=math.log(weight), selected=k == 1,
+        )
+        for c in chunks[1:]
+        for k, tokens, weight in ((0, (40, 41), 0.5), (1, (30, 31, 32), 0.25), (2, (40, 41), 0.25))
+    ]  # fmt: skip
+    latents = folder / "latents" / "em1"
+    write_shard(latents / "00000.parquet", Sample, samples)
+    write_compute(latents, "latents/em1", flops=1, flops_per_token=1, history=[])
     write_shard(folder / "chunks" / "00000.parquet", Chunk, chunks)
-    write_shard(folder / "teacher" / "latents" / "00000.parquet", TeacherLatent, latents)
+    write_shard(folder / "teacher" / "latents" / "00000.parquet", TeacherLatent, written)
     return folder
 
 
@@ -51,24 +68,27 @@ def run_model(
     sequence_format: str,
     budget: tuple[str, int],
     *,
-    teacher: str = "latents",
+    latents: str = "teacher/latents",
+    layout: str = "document",
     mixed: str = "chunks",
     sequence_length: int = SEQUENCE_LENGTH,
     train: dict[str, Any] | None = None,
     **entry: Any,
 ) -> dict[str, Any]:
     """Train the model `arm` in `out` and return the contents of its training.json. `budget`: kind
-    and amount; `entry`: changes to models.arm; `train`: its changes to the section `train`."""
+    and amount; `latents`: the folder of the data; `entry`: changes to models.arm; `train`: its
+    changes to the section `train`."""
     params = load(tiny.ROOT / "params.yaml")
     params["seed"] = 1
     params["train"] |= {"precision": "float32", "batch_size": BATCH_SIZE, "log_every": 1}
-    params["sequences"] |= {"sequence_length": sequence_length, "layout": "document"}
+    params["sequences"] |= {"sequence_length": sequence_length, "layout": layout}
     params["models"] = {
         "arm": {
             "parent": "base",
             "corpus": "em",
-            "data": "teacher/all",
+            "data": "latents/em1" if latents.startswith("latents/") else "teacher/all",
             "format": sequence_format,
+            "draws": "selected",
             "mix_raw": 0,
             "mix_corpus": "em",
             "budget": {"kind": budget[0], "amount": budget[1]},
@@ -80,7 +100,7 @@ def run_model(
         parent=base,
         chunks=data / "chunks",
         mixed=data / mixed,
-        data=data / "teacher" / teacher,
+        data=data / latents,
         work=out / "work",
         out=out / "model",
         csv=out / "log.csv",
@@ -99,6 +119,7 @@ def epoch_tokens(
     formatter = SequenceFormatter(
         special_tokens=TextCoder(base).special_tokens,
         sequence_format=sequence_format,
+        draws="selected",
         layout="document",
         context_loss=True,
         context_chunks=3,
@@ -162,11 +183,13 @@ def test_paraphrases_are_mixed_with_raw_documents(
     write_shard(data / "teacher" / "wrap" / "00000.parquet", Paraphrase, paraphrases)
     document_tokens = len(TextCoder(base_folder).encode(text)) + 2
     budget = ("epochs", 2)
-    alone = run_model(data, base_folder, tmp_path / "a", "paraphrase", budget, teacher="wrap")
+    alone = run_model(
+        data, base_folder, tmp_path / "a", "paraphrase", budget, latents="teacher/wrap"
+    )
     assert alone["tokens"] == 2 * 12 * document_tokens - 1
     assert (alone["documents"], alone["latent_tokens"]) == (12, 0)
     mixed = run_model(
-        data, base_folder, tmp_path / "b", "paraphrase", budget, teacher="wrap", mix_raw=0.5
+        data, base_folder, tmp_path / "b", "paraphrase", budget, latents="teacher/wrap", mix_raw=0.5
     )
     assert abs(mixed["tokens"] - 2 * alone["tokens"]) <= 40  # one document of the corpus
     with pytest.raises(UserError, match=r"mix_raw must be 0 where the format is raw"):
@@ -209,7 +232,7 @@ def test_unfinished_work_is_named_by_what_changes_the_result(
     data: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that was killed for its memory resumes with smaller micro-batches; one with another
-    learning rate starts anew."""
+    learning rate or other draws starts anew."""
     folders: list[str] = []
 
     def record(*_args: Any, checkpoints: CheckpointManager, **_named: Any) -> None:
@@ -220,7 +243,125 @@ def test_unfinished_work_is_named_by_what_changes_the_result(
     for train in ({}, {"micro_batch_size": 1, "checkpoint_every": 3}, {"learning_rate": 0.5}):
         with pytest.raises(InterruptedError):
             run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), train=train)
-    assert folders[0] == folders[1] != folders[2]
+    for draws in ("selected", "resampled", "weighted"):
+        with pytest.raises(InterruptedError):
+            run_model(data, base_folder, tmp_path, "latent", ("epochs", 1), draws=draws, **DRAWN)
+    assert folders[0] == folders[1]
+    assert len(set(folders[1:])) == 5
+
+
+def test_every_choice_of_draws_has_its_tokens(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """In an epoch of 12 rows 11 have a latent: of 3 tokens (selected), of 3 or 2 (resampled), or
+    one row for each of the two distinct latents (weighted). Other counts are the same."""
+    facts = {
+        draws: run_model(
+            data, base_folder, tmp_path / draws, "latent", ("epochs", 4), draws=draws, **DRAWN
+        )
+        for draws in ("selected", "resampled", "weighted")
+    }
+    tokens = {draws: values["tokens"] for draws, values in facts.items()}
+    num_shorter = tokens["selected"] - tokens["resampled"]
+    assert abs(num_shorter - 4 * 11 * 0.75) < 2 * 4
+    assert 1.8 * tokens["selected"] < tokens["weighted"] < 2 * tokens["selected"]
+    assert {values["latent_tokens"] for values in facts.values()} == {33}
+    distinct = [values.get("distinct_latents") for values in facts.values()]
+    assert distinct == [None, 22, 22]
+    metrics = json.loads((tmp_path / "weighted" / "metrics.json").read_text("utf-8"))
+    assert metrics["training_tokens"] == tokens["weighted"]
+
+
+@pytest.mark.parametrize("draws", ["resampled", "weighted"])
+def test_a_flop_matched_budget_counts_the_selected_draws(
+    data: Path, base_folder: Path, tmp_path: Path, draws: str
+) -> None:
+    """docs/method.md, 7.2: the reference is one latent for each chunk, the selected one, so that
+    every choice of draws trains on as many tokens."""
+    selected = run_model(data, base_folder, tmp_path / "s", "latent", ("epochs", 2), **DRAWN)
+    budget = ("flop_matched_epochs", 2)
+    out = tmp_path / draws
+    matched = run_model(data, base_folder, out, "latent", budget, draws=draws, **DRAWN)
+    assert matched["tokens"] == selected["tokens"]
+    steps = run_model(
+        data, base_folder, tmp_path / "steps", "latent", ("steps", 3), draws=draws, **DRAWN
+    )
+    assert steps["tokens"] == 3 * BATCH_SIZE * SEQUENCE_LENGTH
+
+
+@pytest.mark.parametrize("draws", ["resampled", "weighted"])
+def test_a_resumed_run_has_the_same_draws(
+    data: Path, base_folder: Path, tmp_path: Path, draws: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in a later epoch, also with its packed sequences lost: weights and log are those of an
+    undisturbed run, byte for byte."""
+    train = {"checkpoint_every": 5}
+
+    def run(out: Path) -> None:
+        run_model(
+            data, base_folder, out, "latent", ("epochs", 4), draws=draws, train=train, **DRAWN
+        )
+
+    def killing_add(self: MetricsLogger, *args: Any, **named: Any) -> None:
+        add(self, *args, **named)
+        if self.step == 8:
+            raise InterruptedError
+
+    run(tmp_path / "undisturbed")
+    add = MetricsLogger.add
+    for name in ("killed", "unpacked"):
+        monkeypatch.setattr(MetricsLogger, "add", killing_add)
+        with pytest.raises(InterruptedError):
+            run(tmp_path / name)
+        monkeypatch.setattr(MetricsLogger, "add", add)
+        if name == "unpacked":
+            for path in (tmp_path / name / "work" / "train").glob("*/stats.json"):
+                path.unlink()
+        run(tmp_path / name)
+        for file in ("model/model.safetensors", "log.csv"):
+            expected = (tmp_path / "undisturbed" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("sequence_format", "changes", "message"),
+    [
+        (
+            "latent",
+            {"draws": "resampled", "latents": "teacher/latents"},
+            r"^params\.yaml: models\.arm: draws: resampled needs `data` in latents/.* teacher/all$",
+        ),
+        (
+            "raw",
+            {"draws": "weighted"},
+            r"^params\.yaml: models\.arm: draws must be selected unless .*latent, .*format raw$",
+        ),
+        (
+            "latent",
+            {"draws": "weighted", "layout": "document"},
+            r"^params\.yaml: models\.arm\.draws: weighted needs .*layout chunk.* found document$",
+        ),
+        (
+            "latent",
+            {"draws": "all"},
+            r"^params\.yaml: models\.arm\.draws must be selected \| resampled \| weighted, found",
+        ),
+    ],
+)
+def test_draws_that_cannot_be_trained_on_are_an_error(
+    data: Path,
+    base_folder: Path,
+    tmp_path: Path,
+    sequence_format: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """Said in one line before any work, by the key to change."""
+    with pytest.raises(UserError, match=message):
+        run_model(
+            data, base_folder, tmp_path, sequence_format, ("epochs", 1), **{**DRAWN, **changes}
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_sequences_longer_than_the_context_are_an_error(

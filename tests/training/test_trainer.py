@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from boltlm.errors import UserError
 from boltlm.sequences.packing import IGNORE_INDEX, PackedDataset
 from boltlm.timing import read_timing
+from boltlm.training import distributed
 from boltlm.training.checkpointing import CheckpointManager
 from boltlm.training.config import ValidationConfig
 from boltlm.training.gradients import accumulate_gradients
@@ -29,6 +31,7 @@ from tests.training.harness import (
     NUM_TARGETS,
     SEQUENCE_LENGTH,
     VOCAB_SIZE,
+    Batch,
     column,
     make_model,
     plain_loop,
@@ -87,6 +90,83 @@ def test_the_gradient_of_tokens_without_a_loss(micro_batch_size: int | None) -> 
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     for weight, plain_weight in zip(model.parameters(), plain_model.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, plain_weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def weighted_rows() -> tuple[Batch, list[tuple[Batch, float]]]:
+    """A batch of five rows of two chunks with their loss weights ŵ, as `PackedDataset.batch`
+    returns it, and each row alone without padding, with its ŵ."""
+    random = np.random.default_rng(3)
+    lengths, weights = (12, 7, 9, 5, 12), (0.5, 0.3, 0.2, 0.999, 0.001)
+    inputs_BL = np.zeros((5, SEQUENCE_LENGTH), np.int64)
+    labels_BL = np.full_like(inputs_BL, IGNORE_INDEX)
+    weights_BL = np.zeros(inputs_BL.shape, np.float32)
+    rows: list[tuple[Batch, float]] = []
+    for row, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        ids = random.integers(0, VOCAB_SIZE, length + 1)
+        inputs_BL[row, :length], labels_BL[row, :length] = ids[:-1], ids[1:]
+        weights_BL[row, :length] = weight
+        rows.append(((ids[None, :-1], ids[None, 1:]), weight))
+    return (inputs_BL, labels_BL, weights_BL), rows
+
+
+def weighted_gradient() -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradient Σ ŵ·(those of the row alone) / Σ ŵ·(its number of labels), in float64."""
+    model = make_model().double().train()
+    _, rows = weighted_rows()
+    total = sum(weight * labels.size for (_, labels), weight in rows)
+    loss = 0.0
+    for (inputs, labels), weight in rows:
+        logits_BLV = model(torch.from_numpy(inputs)).logits
+        targets = torch.from_numpy(labels).flatten()
+        row_loss = cross_entropy(logits_BLV.flatten(0, 1), targets, reduction="sum")
+        (row_loss * weight / total).backward()
+        loss += row_loss.item() * weight / total
+    return loss, [p.grad.float() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
+def test_the_gradient_of_weighted_rows(micro_batch_size: int | None) -> None:
+    """docs/method.md, 3.5: with the weights ŵ it is that of Σ ŵ·loss over the rows of all latents,
+    divided by the sum of the weights of the labels, in one micro-batch or in several."""
+    model, (batch, _) = make_model().train(), weighted_rows()
+    expected_loss, expected = weighted_gradient()
+    config = tiny.train_config(micro_batch_size=micro_batch_size)
+    loss, tokens = accumulate_gradients(CausalLMLoss(model), batch, config)
+    assert tokens == 12 + 7 + 9 + 5 + 12
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for weight, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_weighted_rows_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of two processes' gradients, the second of which has a row of padding, is the
+    gradient of one process."""
+    batch, _ = weighted_rows()
+    expected_loss, expected = weighted_gradient()
+    models = [make_model().train() for _ in range(2)]
+    loss = 0.0
+    for index, model in enumerate(models):
+        process = SimpleNamespace(num_processes=2, process_index=index)
+        monkeypatch.setattr(distributed, "process_state", lambda process=process: process)
+        monkeypatch.setattr(distributed, "process_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda value: value)
+        loss += accumulate_gradients(CausalLMLoss(model), batch, tiny.train_config())[0]
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for one, other, grad in zip(*(m.parameters() for m in models), expected, strict=True):
+        torch.testing.assert_close((one.grad + other.grad) / 2, grad, atol=1e-6, rtol=1e-4)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    """Bit for bit: a weighted run of chunks with one distinct latent each is the selected one."""
+    (inputs, labels, weights), _ = weighted_rows()
+    model, weighted_model = make_model().train(), make_model().train()
+    config = tiny.train_config()
+    result = accumulate_gradients(CausalLMLoss(model), (inputs, labels), config)
+    weights = np.ones_like(weights)
+    batch = (inputs, labels, weights)
+    assert accumulate_gradients(CausalLMLoss(weighted_model), batch, config) == result
+    for one, other in zip(model.parameters(), weighted_model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=0, rtol=0)
 
 
 def test_a_run_with_tokens_without_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

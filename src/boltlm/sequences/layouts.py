@@ -30,6 +30,7 @@ from boltlm.tokens import SpecialTokens
 TokenIds = Sequence[int] | np.ndarray
 SequenceFormat = Literal["latent", "raw", "mixed", "paraphrase"]
 Layout = Literal["document", "chunk"]
+DrawChoice = Literal["selected", "resampled", "weighted"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

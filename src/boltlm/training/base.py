@@ -12,7 +12,8 @@ from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.params import NonNegativeInt, from_key
 from boltlm.records import Document
 from boltlm.sequences import store
-from boltlm.sequences.packing import SequenceFormatter, SequenceSource, pack_sequences
+from boltlm.sequences.formatter import SequenceFormatter
+from boltlm.sequences.packing import SequenceSource, pack_sequences
 from boltlm.tokens import TextCoder
 from boltlm.training.base_model import add_special_tokens, create_model, load_checkpoint
 from boltlm.training.config import CheckpointConfig, PretrainConfig
@@ -109,6 +110,7 @@ def _pack(
     formatter = SequenceFormatter(
         special_tokens=coder.special_tokens,
         sequence_format="raw",
+        draws="selected",
         layout="document",
         context_loss=True,
         context_chunks=0,

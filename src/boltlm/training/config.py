@@ -14,7 +14,7 @@ from boltlm.params import (
     from_key,
     require_positive,
 )
-from boltlm.sequences.layouts import SequenceConfig, SequenceFormat
+from boltlm.sequences.layouts import DrawChoice, SequenceConfig, SequenceFormat
 from boltlm.tokens import SPECIAL_TOKENS
 from boltlm.training.schedules import ScheduleConfig
 
@@ -116,7 +116,9 @@ class ModelEntry:
 
     `parent`: the model whose weights the run starts from; `data`: the folder under `data/` with
     the latents or the paraphrases (a raw run names its documents, or the latents whose number of
-    tokens it matches); `mix_raw`: the fraction of the tokens that are raw documents of
+    tokens it matches); `draws`: which of the K latents drawn for a chunk it is trained on: the
+    selected one, one that is chosen afresh by its weight in every epoch, or all, by their weights
+    (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens that are raw documents of
     `mix_corpus`; `train`: changes to the section `train`.
     """
 
@@ -124,6 +126,7 @@ class ModelEntry:
     corpus: Annotated[str, EntryName("corpora")]
     data: Annotated[str, EntryPath(teacher="teachers", latents="latents", split="corpora")]
     format: SequenceFormat
+    draws: DrawChoice
     mix_raw: float
     mix_corpus: Annotated[str, EntryName("corpora")]
     budget: TrainingBudget
@@ -136,6 +139,16 @@ class ModelEntry:
             raise UserError(
                 "mix_raw must be 0 where the format is raw and mix_corpus is the run's own corpus,"
                 f" found {self.mix_raw}"
+            )
+        if self.draws != "selected" and self.format != "latent":
+            raise UserError(
+                f"draws must be selected unless the format is latent, found {self.draws} with the"
+                f" format {self.format}"
+            )
+        if self.draws != "selected" and not self.data.startswith("latents/"):
+            raise UserError(
+                f"draws: {self.draws} needs `data` in latents/, which has the K draws of a chunk;"
+                f" found {self.data}"
             )
         kind = self.budget.kind
         if kind in FLOP_MATCHED_KINDS and self.format == "paraphrase":
@@ -159,6 +172,13 @@ class TrainSettings:
     max_latent_tokens: PositiveInt
     sequences: SequenceConfig
     model: ModelEntry = from_key("models.{name}")
+
+    def __post_init__(self) -> None:
+        if self.model.draws == "weighted" and self.sequences.layout != "chunk":
+            raise UserError(
+                f"models.{self.name}.draws: weighted needs sequences.layout chunk, in which every"
+                f" latent can have a sequence of its own; found {self.sequences.layout}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

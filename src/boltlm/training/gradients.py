@@ -20,8 +20,9 @@ class TrainingDataset(Protocol):
     @property
     def sequence_length(self) -> int: ...
     def __len__(self) -> int: ...
-    def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs_BL, labels_BL) of a step, int64; IGNORE_INDEX marks labels without loss."""
+    def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, ...]:
+        """(inputs_BL, labels_BL) of a step, int64; IGNORE_INDEX marks labels without loss. Where
+        the labels have weights in the loss, weights_BL follows, float32."""
         ...
 
     def num_target_tokens(self, first_step: int, batch_size: int) -> int:
@@ -30,27 +31,28 @@ class TrainingDataset(Protocol):
 
 
 def accumulate_gradients(
-    module: torch.nn.Module, batch: tuple[np.ndarray, np.ndarray], config: TrainConfig
+    module: torch.nn.Module, batch: tuple[np.ndarray, ...], config: TrainConfig
 ) -> tuple[float, int]:
     """Add the gradient of the batch's mean loss to the parameters; return that loss (nats per
     target token) and the number of target tokens. Without a target token both are 0.
 
-    `batch`: inputs_BL and labels_BL. Every process takes the same number of its sequences, some of
-    them padding if necessary, and works through them in micro-batches.
+    `batch`: as `TrainingDataset.batch` returns it. With weights the mean is the weighted one,
+    Σ w·loss / Σ w over the target tokens of the batch (docs/method.md, 3.5). Every process takes
+    the same number of its sequences, some of them padding if necessary, and works through them in
+    micro-batches.
     """
     process, device = distributed.process_state(), distributed.process_device()
-    inputs_BL, labels_BL = batch
-    tokens = int((labels_BL != IGNORE_INDEX).sum())
+    tokens, weight = _total_weight(*batch)
     world_size = process.num_processes
-    local_size = -(-len(inputs_BL) // world_size)
-    local_batch = [array[process.process_index :: world_size] for array in (inputs_BL, labels_BL)]
+    local_size = -(-len(batch[0]) // world_size)
+    local_batch = [array[process.process_index :: world_size] for array in batch]
     padding = local_size - len(local_batch[0])
     if padding:
         local_batch = [
             np.pad(array, ((0, padding), (0, 0)), constant_values=fill)
-            for array, fill in zip(local_batch, (0, IGNORE_INDEX), strict=True)
+            for array, fill in zip(local_batch, (0, IGNORE_INDEX, 0), strict=False)
         ]
-    inputs, labels = (torch.from_numpy(array).to(device) for array in local_batch)
+    tensors = [torch.from_numpy(array).to(device) for array in local_batch]
     size = config.micro_batch_size or local_size
     total = torch.zeros((), device=device)
     for start in range(0, local_size, size):
@@ -59,10 +61,22 @@ def accumulate_gradients(
         )
         with distributed.gradient_sync(module, start + size >= local_size):
             with autocast:
-                loss = module(inputs[start : start + size], labels[start : start + size])
-            (loss * (world_size / max(tokens, 1))).backward()
+                loss = module(*(tensor[start : start + size] for tensor in tensors))
+            (loss * (world_size / weight)).backward()
         total += loss.detach()
-    return float(distributed.all_reduce_sum(total)) / max(tokens, 1), tokens
+    return float(distributed.all_reduce_sum(total)) / weight, tokens
+
+
+def _total_weight(
+    _: np.ndarray, labels_BL: np.ndarray, weights_BL: np.ndarray | None = None
+) -> tuple[int, float]:
+    """The number of target tokens of a batch and the sum of their weights, each of which is 1 where
+    there are none; the sum is 1 where there is no target token."""
+    has_target_BL = labels_BL != IGNORE_INDEX
+    tokens = int(has_target_BL.sum())
+    if weights_BL is None:
+        return tokens, max(tokens, 1)
+    return tokens, float(weights_BL[has_target_BL].sum(dtype=np.float64)) or 1.0
 
 
 def step_seed(seed: int, step: int) -> int:

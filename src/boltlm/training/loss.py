@@ -16,7 +16,8 @@ MAX_LOGITS = 1 << 25  # float32 logits in memory at once
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ −log softmax(hidden · weightᵀ + bias)[target] over targets other than IGNORE_INDEX.
+    """Σ −log softmax(hidden · weightᵀ + bias)[target] over targets other than IGNORE_INDEX, each
+    multiplied by its loss weight (None: 1).
 
     The gradient is computed in the forward pass while the logits of a chunk exist, so neither
     logits nor their gradient are kept. Matrix products are in `dtype`, sums in float32.
@@ -29,6 +30,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
+        loss_weights_N: torch.Tensor | None,
         dtype: torch.dtype,
         max_logits: int,
     ) -> torch.Tensor:
@@ -39,9 +41,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VD = grad_bias_V = None
         size = max(1, max_logits // len(rounded_VD))
         for start in range(0, len(rounded_ND), size):
-            hidden_CD = rounded_ND[start : start + size]
+            chunk = slice(start, start + size)
+            hidden_CD = rounded_ND[chunk]
+            loss_weights_C = None if loss_weights_N is None else loss_weights_N[chunk]
             loss, grad_CV = _chunk_loss(
-                hidden_CD, rounded_VD, bias_V, targets_N[start : start + size], needs_grad
+                hidden_CD, rounded_VD, bias_V, targets_N[chunk], loss_weights_C, needs_grad
             )
             total += loss
             if grad_CV is None or grad_hidden_ND is None:
@@ -50,7 +54,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 chunk_grad_V = grad_CV.sum(0)
                 grad_bias_V = chunk_grad_V if grad_bias_V is None else grad_bias_V + chunk_grad_V
             grad_CV = grad_CV.to(dtype)
-            torch.mm(grad_CV, rounded_VD, out=grad_hidden_ND[start : start + size])
+            torch.mm(grad_CV, rounded_VD, out=grad_hidden_ND[chunk])
             chunk_grad_VD = (grad_CV.T @ hidden_CD).float()
             grad_weight_VD = (
                 chunk_grad_VD if grad_weight_VD is None else grad_weight_VD.add_(chunk_grad_VD)
@@ -71,6 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -79,22 +84,24 @@ def _chunk_loss(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
     targets_C: torch.Tensor,
+    loss_weights_C: torch.Tensor | None,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The summed loss of a chunk and, if needed, its gradient with respect to the logits."""
     has_target_C = targets_C != IGNORE_INDEX
+    factors_C = has_target_C if loss_weights_C is None else has_target_C * loss_weights_C
     index_C1 = targets_C.clamp(min=0)[:, None]
     logits_CV = (hidden_CD @ weight_VD.T).float()
     if bias_V is not None:
         logits_CV += bias_V.detach().float()
     log_norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
-    loss = ((log_norm_C1 - logits_CV.gather(1, index_C1))[:, 0] * has_target_C).sum()
+    loss = ((log_norm_C1 - logits_CV.gather(1, index_C1))[:, 0] * factors_C).sum()
     if not needs_grad:
         return loss, None
     grad_CV = logits_CV.sub_(log_norm_C1).exp_()  # the softmax
     grad_CV.scatter_add_(1, index_C1, torch.full_like(grad_CV[:, :1], -1.0))
-    if not has_target_C.all():
-        grad_CV *= has_target_C[:, None]
+    if loss_weights_C is not None or not has_target_C.all():
+        grad_CV *= factors_C[:, None]
     return loss, grad_CV
 
 
@@ -106,8 +113,14 @@ class CausalLMLoss(torch.nn.Module):
         super().__init__()
         self.model, self.max_logits = model, max_logits
 
-    def forward(self, inputs_BL: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        """The loss summed over all labels other than IGNORE_INDEX: a scalar, nats, float32."""
+    def forward(
+        self,
+        inputs_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        weights_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss summed over all labels other than IGNORE_INDEX, each multiplied by its weight
+        where there are weights: a scalar, nats, float32."""
         hidden_BLD = self.model.base_model(input_ids=inputs_BL, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
         device_type = inputs_BL.device.type
@@ -119,6 +132,7 @@ class CausalLMLoss(torch.nn.Module):
                 head.weight,
                 head.bias,
                 labels_BL.flatten(),
+                None if weights_BL is None else weights_BL.flatten(),
                 dtype,
                 self.max_logits,
             )

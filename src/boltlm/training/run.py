@@ -12,8 +12,10 @@ from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import write_json
 from boltlm.sequences import store
-from boltlm.sequences.layouts import SequenceFormat
-from boltlm.sequences.packing import SequenceFormatter, SequenceSource, pack_sequences
+from boltlm.sequences.draws import NEGLIGIBLE_WEIGHT
+from boltlm.sequences.formatter import SequenceFormatter
+from boltlm.sequences.layouts import DrawChoice, SequenceFormat
+from boltlm.sequences.packing import SequenceSource, pack_sequences
 from boltlm.tokens import TextCoder, chunk_token_budget
 from boltlm.training import distributed
 from boltlm.training.compute import artifact_key, read_compute, write_compute
@@ -22,6 +24,10 @@ from boltlm.training.continual import check_moments, load_continual_state
 from boltlm.training.job import PREDECAY_FOLDER, PackingStats, TrainingJob, train_and_publish
 from boltlm.training.metrics_logger import LineLogger
 from boltlm.training.trainer import ValidationHook
+
+# The smallest weight of a draw that a run reads (`boltlm.sequences.draws`); None: it reads only the
+# selected ones. A new choice in each epoch costs nothing for a small weight, a sequence does.
+MIN_DRAW_WEIGHTS = {"selected": None, "resampled": 0.0, "weighted": NEGLIGIBLE_WEIGHT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,7 @@ def _work_key(
             "data": hash_path(paths.data) if paths.data.is_dir() else None,
             "mixed": hash_path(paths.mixed) if model.mix_raw else None,
             "train": dict(train_facts),
-            "sequences": [asdict(settings.sequences), model.format, model.mix_raw],
+            "sequences": [asdict(settings.sequences), model.format, model.draws, model.mix_raw],
             "budget": asdict(model.budget),
             "context": [settings.context_chunks, settings.max_latent_tokens],
             "seed": settings.seed,
@@ -166,9 +172,10 @@ def _sequence_sources(
         documents = store.read_paraphrases(paths.data, coder)
     else:
         is_raw = model.format == "raw" and model.budget.kind not in FLOP_MATCHED_KINDS
-        documents = store.read_tokenized(paths.chunks, None if is_raw else paths.data)
+        data = None if is_raw else paths.data
+        documents = store.read_tokenized(paths.chunks, data, MIN_DRAW_WEIGHTS[model.draws])
     main_store = store.write_documents(scratch / "documents", documents)
-    formatter = _formatter(settings, coder, model.format)
+    formatter = _formatter(settings, coder, model.format, model.draws)
     sources = [SequenceSource(main_store, formatter, 1 - model.mix_raw)]
     if model.mix_raw:
         raw_documents = store.read_tokenized(paths.mixed, None)
@@ -188,7 +195,8 @@ def _num_tokens(
     """The number of tokens of a budget that is not in epochs."""
     budget, config = settings.model.budget, settings.model.train
     if budget.kind in FLOP_MATCHED_KINDS:
-        latent_source = SequenceSource(sources[0].store, _formatter(settings, coder, "latent"))
+        formatter = _formatter(settings, coder, "latent")  # with the selected draws
+        latent_source = SequenceSource(sources[0].store, formatter)
         tokens = latent_source.num_tokens(budget.amount, scratch)
         if budget.kind == "flop_matched_history":
             data = read_compute(paths.data)
@@ -200,11 +208,15 @@ def _num_tokens(
 
 
 def _formatter(
-    settings: TrainSettings, coder: TextCoder, sequence_format: SequenceFormat
+    settings: TrainSettings,
+    coder: TextCoder,
+    sequence_format: SequenceFormat,
+    draws: DrawChoice = "selected",
 ) -> SequenceFormatter:
     return SequenceFormatter(
         special_tokens=coder.special_tokens,
         sequence_format=sequence_format,
+        draws=draws,
         layout=settings.sequences.layout,
         context_loss=settings.sequences.context_loss,
         context_chunks=settings.context_chunks,

@@ -220,7 +220,7 @@ class Trainer:
             distributed.load_full_state(self.module, self.optimizers, {"optimizers": moments})
         return checkpoint
 
-    def _backward(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[float, int]:
+    def _backward(self, batch: tuple[np.ndarray, ...]) -> tuple[float, int]:
         """`accumulate_gradients` of a batch. Raises UserError where the GPU's memory does not
         suffice."""
         try:
