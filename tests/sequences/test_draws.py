@@ -153,7 +153,7 @@ def test_a_teacher_has_no_draws(corpus_folders: tuple[Path, Path], tmp_path: Pat
     written = TeacherLatent(doc_id="a", chunk=0, latent="x", tokens=(5,), reason=None)
     folder = tmp_path / "teacher" / "all"
     write_shard(folder / "00000.parquet", TeacherLatent, [written])
-    with pytest.raises(UserError, match="column 'sample'"):
+    with pytest.raises(UserError, match="is missing or differs"):
         list(store.read_tokenized(chunks, folder, 0.0))
 
 
