@@ -262,8 +262,8 @@ def read_tokens(path: Path, kind: type[_R], *, only: str | None = None) -> Token
     )
 
 
-def read_numbers(path: Path, kind: type[_R], name: str) -> np.ndarray:
-    """A column of numbers of one shard, in the order of its rows. Raises UserError as `read_shard`
+def read_column(path: Path, kind: type[_R], name: str) -> np.ndarray:
+    """A column of one shard, in the order of its rows. Raises UserError as `read_shard`
     does."""
     _check(path, kind)
     return pq.read_table(path, columns=[name]).column(name).to_numpy()

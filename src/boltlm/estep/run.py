@@ -37,8 +37,7 @@ def run_estep(
     the wall-clock figures of the draws made in this run (empty if none were made). Random numbers
     are keyed by the name of the model, so entries with the same model share their draws.
     `previous`, `previous_model`: latents to reuse and the model that drew them, read only where
-    the estimator does so.
-    Raises UserError where the model or the chunks are missing, or a worker process dies.
+    the estimator does so. Raises UserError where the model or the chunks are missing, or a worker process dies.
     """
     reuse = settings.options.reuse
     throughputs = draw_latents(
@@ -61,15 +60,19 @@ def run_estep(
         forwarded += _count_forward_tokens(settings, coder, shard, groups)
         text_tokens += sum(len(chunk.tokens) for chunk in shard)
         diagnostics.add(groups, shard_reference_latents(split / path.name, path))
-    bins = (",".join(map(str, line)) for line in diagnostics.histogram())
-    lines = ["from_nats,to_nats,count", *bins]
-    histogram_path.parent.mkdir(parents=True, exist_ok=True)
-    histogram_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_histogram(histogram_path, diagnostics)
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
     metrics["forward_tokens"] = forwarded
     if not settings.options.extra_draws:  # with them the mean weight is biased
         metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
     return metrics, _wall_clock_figures(throughputs)
+
+
+def _write_histogram(path: Path, diagnostics: WeightDiagnostics) -> None:
+    bins = (",".join(map(str, line)) for line in diagnostics.histogram())
+    lines = ["from_nats,to_nats,count", *bins]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _count_forward_tokens(
@@ -106,9 +109,9 @@ def draw_latents(
 
     `purpose` keys their random numbers; `what` labels the progress display. Finished shards are
     saved below `work` under a fingerprint of the model's and the chunks' contents, the settings and
-    the code: an interrupted run can be resumed, and a run with another number of samples or other
-    options of the estimator reuses the draws from the proposal that exist. Returns the throughput
-    of each shard that this run processed.
+    the code: an interrupted run resumes, and one with another number of samples or other options of
+    the estimator reuses the draws from the proposal that exist. Returns the throughput of each
+    shard that this run processed.
     """
     facts = {
         "purpose": purpose,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from boltlm.records import Sample, read_numbers, read_tokens
+from boltlm.errors import UserError
+from boltlm.records import Sample, read_column, read_tokens
 from boltlm.sequences.layouts import TokenIds
 
 NEGLIGIBLE_WEIGHT = 1e-4  # of a latent, as a fraction of the largest weight of its chunk
@@ -24,9 +25,15 @@ class WeightedLatent:
 def read_draws(path: Path, min_weight: float) -> dict[tuple[str, int], list[WeightedLatent]]:
     """The `weighted_latents` in one shard of `data/latents/<name>`, by document and chunk.
 
-    Raises UserError where the shard is another kind of table.
+    Raises UserError where the shard is another kind of table, or has particles: their weights are
+    those of documents so far, not of the latents of a chunk.
     """
-    table, log_weights = read_tokens(path, Sample), read_numbers(path, Sample, "log_weight")
+    table, log_weights = read_tokens(path, Sample), read_column(path, Sample, "log_weight")
+    if (read_column(path, Sample, "source") == "particle").any():
+        raise UserError(
+            f"{path}: these latents are particles (estep.method smc), of which only those of the"
+            " selected one belong together; use draws: selected"
+        )
     rows: dict[tuple[str, int], list[int]] = defaultdict(list)
     for row, key in enumerate(zip(table.doc_ids, table.chunks, strict=True)):
         rows[key].append(row)
