@@ -132,8 +132,8 @@ def draw_latents(
         folder=(work / "latents" / fingerprint(facts)).resolve(),
         variant=_variant(settings.options, previous, previous_model),
         num_samples=num_samples,
-        previous=previous.resolve() if previous else None,
-        previous_model=previous_model.resolve() if previous_model else None,
+        previous=previous and previous.resolve(),
+        previous_model=previous_model and previous_model.resolve(),
     )
     return run_shards(
         [path.name for path in shard_paths(chunks)],
