@@ -292,6 +292,8 @@ def main() -> None:
         "precision": args.precision,
         **{f"chunks_per_second_{name}": value for name, value in speed.items()},
         "ratio_masked_vs_unmasked": speed["ours_transformers"] / speed["ours_unmasked"],
+        "ratio_masked_vs_unmasked_by_token": sides["ours_transformers"]["sampled_tokens_per_second"]
+        / sides["ours_unmasked"]["sampled_tokens_per_second"],
         "ratio_vs_reference": best / speed["reference"],
         "ratio_vs_generate": best / speed["generate"],
         "ratio_vllm_vs_reference": speed["ours_vllm"] / speed["reference"],

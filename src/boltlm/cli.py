@@ -113,6 +113,13 @@ def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", type=Path, required=True, help="CSV with one row a seed and model")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument(
+        "--folders",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="copies of the repository, one for each seed, to read instead of DVC's experiments",
+    )
+    parser.add_argument(
         "--of-other-k",
         nargs="*",
         default=["em1"],
@@ -132,7 +139,7 @@ def _seeds(args: argparse.Namespace) -> None:
     from boltlm.reporting import seed_aggregation
 
     k_samples = load_settings(KSamplesSettings, args.params).k_samples
-    rows = seed_aggregation.collect_seeds(k_samples, args.of_other_k)
+    rows = seed_aggregation.collect_seeds(k_samples, args.of_other_k, args.folders)
     seed_aggregation.write_seed_csv(args.out, rows)
     print(f"{seed_aggregation.INTERVAL_NOTE}\n")
     print(seed_aggregation.seed_table(rows))

@@ -65,6 +65,21 @@ def test_experiments_are_identified_by_their_params(repository: Path) -> None:
     assert "| em1 | 4 | 2 | 5.500 ± 6.353 | – |" in seed_table(rows)
 
 
+def test_copies_of_the_repository_are_read_like_experiments(tmp_path: Path) -> None:
+    folders = [tmp_path / f"run{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        (folder / "metrics" / "eval").mkdir(parents=True)
+        (folder / "params.yaml").write_text(f"seed: {seed}\nk_samples: 4\n")
+        (folder / "metrics" / "eval" / "em1.json").write_text(
+            json.dumps({"elbo_per_token": -float(seed)})
+        )
+    rows = collect_seeds(4, [], folders)
+    assert [(row.seed, row.metrics["elbo_per_token"]) for row in rows] == [(1, -1.0), (2, -2.0)]
+    (folders[1] / "params.yaml").unlink()
+    with pytest.raises(UserError, match=r"run2: no params\.yaml"):
+        collect_seeds(4, [], folders)
+
+
 def test_metrics_that_an_older_commit_calls_otherwise_are_blank(repository: Path) -> None:
     (repository / "metrics" / "eval").mkdir(parents=True)
     old = {"elbo_per_token": -1.5, "exact_fraction": 0.5}

@@ -37,7 +37,8 @@ def run_estep(
     the wall-clock figures of the draws made in this run (empty if none were made). Random numbers
     are keyed by the name of the model, so entries with the same model share their draws.
     `previous`, `previous_model`: latents to reuse and the model that drew them, read only where
-    the estimator does so. Raises UserError where the model or the chunks are missing, or a worker process dies.
+    the estimator does so. Raises UserError where the model or the chunks are missing, or a worker
+    process dies.
     """
     reuse = settings.options.reuse
     throughputs = draw_latents(

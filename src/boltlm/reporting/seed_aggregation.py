@@ -62,27 +62,21 @@ class SeedRow:
     metrics: Mapping[str, float]
 
 
-def collect_seeds(default_k: int, of_other_k: Sequence[str]) -> list[SeedRow]:
-    """One row for each model, K and seed, from every experiment of this repository, sorted. Of
-    experiments with a K other than `default_k`, only the models `of_other_k` are taken.
+def collect_seeds(
+    default_k: int, of_other_k: Sequence[str], folders: Sequence[Path] = ()
+) -> list[SeedRow]:
+    """One row for each model, K and seed, from every experiment of this repository, or from copies
+    of the repository in `folders`, sorted. Of experiments with a K other than `default_k`, only
+    the models `of_other_k` are taken.
 
     Raises UserError if git fails, if there are no experiments, or if the params of one have no seed
     or k_samples.
     """
     rows: dict[tuple[str, int, int], SeedRow] = {}
-    refs = list(_experiment_refs())
-    if not refs:
-        raise UserError(
-            "this repository has no finished DVC experiments; queue some with `dvc exp run --queue"
-            " -S seed=1,2,3` and run them with `dvc queue start`"
-        )
-    for ref in refs:
-        params = yaml.safe_load(_git("show", f"{ref}:params.yaml"))
-        k_samples, seed = _integer(params, "k_samples", ref), _integer(params, "seed", ref)
-        for path in _git("ls-tree", "--name-only", ref, "metrics/eval/").split():
-            model = Path(path).stem
+    for name, params, metrics in map(_read_folder, folders) if folders else _experiments():
+        k_samples, seed = _integer(params, "k_samples", name), _integer(params, "seed", name)
+        for model, values in metrics.items():
             if k_samples == default_k or model in of_other_k:
-                values = json.loads(_git("show", f"{ref}:{path}"))
                 rows[model, k_samples, seed] = SeedRow(
                     model=model,
                     k_samples=k_samples,
@@ -148,19 +142,45 @@ def write_seed_csv(path: Path, rows: Sequence[SeedRow]) -> None:
             writer.writerow({**key, **row.metrics})
 
 
-def _experiment_refs() -> Iterator[str]:
-    """DVC's references refs/exps/<2 digits of the baseline commit>/<38 digits>/<name>."""
-    for ref in _git("for-each-ref", "refs/exps", "--format=%(refname)").split():
-        if len(ref.split("/")) == 5:  # others belong to DVC's queue
-            yield ref
+class _Experiment(NamedTuple):
+    """Its name, its params, and the metrics of each model."""
+
+    name: str
+    params: Any
+    metrics: dict[str, dict[str, float]]
 
 
-def _integer(params: Any, key: str, ref: str) -> int:
+def _experiments() -> Iterator[_Experiment]:
+    """The experiments below refs/exps/<2 digits of the baseline commit>/<38 digits>/<name>."""
+    refs = _git("for-each-ref", "refs/exps", "--format=%(refname)").split()
+    refs = [ref for ref in refs if len(ref.split("/")) == 5]  # others belong to DVC's queue
+    if not refs:
+        raise UserError(
+            "this repository has no finished DVC experiments; queue some with `dvc exp run --queue"
+            " -S seed=1,2,3` and run them with `dvc queue start`"
+        )
+    for ref in refs:
+        params = yaml.safe_load(_git("show", f"{ref}:params.yaml"))
+        paths = _git("ls-tree", "--name-only", ref, "metrics/eval/").split()
+        metrics = {Path(path).stem: json.loads(_git("show", f"{ref}:{path}")) for path in paths}
+        yield _Experiment(ref, params, metrics)
+
+
+def _read_folder(folder: Path) -> _Experiment:
+    paths = sorted((folder / "metrics" / "eval").glob("*.json"))
+    if not paths or not (folder / "params.yaml").is_file():
+        raise UserError(f"{folder}: no params.yaml or no metrics/eval/*.json; run dvc repro there")
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    metrics = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return _Experiment(str(folder), params, metrics)
+
+
+def _integer(params: Any, key: str, name: str) -> int:
     value = params.get(key) if isinstance(params, dict) else None
     if not isinstance(value, int):
         raise UserError(
-            f"{ref}: params.yaml has {key} = {value!r}, which must be an integer; remove this"
-            f" experiment with: dvc exp remove {ref.split('/')[-1]}"
+            f"{name}: params.yaml has {key} = {value!r}, which must be an integer; remove this"
+            f" experiment with: dvc exp remove {name.split('/')[-1]}"
         )
     return value
 
