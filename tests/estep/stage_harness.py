@@ -30,7 +30,7 @@ def small_params() -> dict[str, Any]:
     params["latents"] = {
         "em1": tiny.latents_entry("warmstart"),
         "uniform": tiny.latents_entry("warmstart", estep={"selection": "uniform"}),
-        "next": tiny.latents_entry("warmstart", previous="latents/em1"),
+        "next": tiny.latents_entry("em1", previous="latents/em1", previous_model="warmstart"),
     }
     params |= {"max_latent_tokens": 8, "k_samples": 3, "context_chunks": 2}
     params["sampling"]["batch_tokens"] = 4096

@@ -400,12 +400,15 @@ def test_diagnostics_of_a_pool() -> None:
         ({"reuse": "selected", "prior_draws": 1}, "posterior invariant"),
         ({"reuse": "selected", "extra_draws": 1}, "posterior invariant"),
         ({"selection": "uniform", "reuse": "draws"}, "selection uniform needs"),
+        ({"reuse": "draws", "previous_model": "em1"}, "same model, here em1"),
         ({"selection": "worst"}, "weighted | uniform | best"),
     ],
 )
 def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
     params = load(tiny.ROOT / "params.yaml")
-    params["latents"]["em2"]["estep"] = options
+    entry = params["latents"]["em2"]
+    entry["previous_model"] = options.pop("previous_model", entry["previous_model"])
+    entry["estep"] = options
     with pytest.raises(UserError, match=message):
         build_settings(EStepSettings, params, name="em2")
 

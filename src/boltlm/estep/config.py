@@ -171,6 +171,11 @@ class EStepSettings(DrawSettings):
                 f"latents.{self.name}: prior_draws must be below K ({self.num_samples}), found"
                 f" {options.prior_draws}"
             )
+        if options.reuse != "none" and self.entry.previous_model == self.entry.model:
+            raise UserError(
+                f"latents.{self.name}: reuse needs a `previous` that another model drew; entries"
+                f" with the same model, here {self.entry.model}, have the same draws"
+            )
         if options.method == "smc" and self.layout != "document":
             raise UserError(
                 f"latents.{self.name}: method smc needs sequences.layout document, in which the"

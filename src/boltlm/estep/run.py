@@ -121,8 +121,7 @@ def draw_latents(
         "seed": settings.seed,
         "context_chunks": settings.context_chunks,
         "max_latent_tokens": settings.max_latent_tokens,
-        "sampling": settings.sampling.fingerprint_facts,
-        "temperature": settings.options.temperature,
+        "sampling": [settings.sampling.fingerprint_facts, settings.options.temperature],
         "code": hash_code("boltlm.estep.shard_worker"),
     }
     task = ShardTask(
