@@ -114,7 +114,7 @@ def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument(
         "--folders",
-        nargs="*",
+        nargs="+",
         type=Path,
         default=[],
         help="copies of the repository, one for each seed, to read instead of DVC's experiments",

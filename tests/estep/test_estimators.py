@@ -394,6 +394,7 @@ def test_diagnostics_of_a_pool() -> None:
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"min_ess_fraction": 1.5}, "min_ess_fraction"),
+        ({"extra_draws": 2, "k_samples": 1}, "extra_draws needs K of 2 or more"),
         ({"prior_draws": 4}, r"prior_draws must be below K \(4\)"),
         ({"method": "smc"}, "needs sequences.layout document"),
         ({"method": "smc", "reuse": "draws"}, "method smc needs"),
@@ -407,19 +408,20 @@ def test_diagnostics_of_a_pool() -> None:
 def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
     params = load(tiny.ROOT / "params.yaml")
     entry = params["latents"]["em2"]
-    entry["previous_model"] = options.pop("previous_model", entry["previous_model"])
-    entry["estep"] = options
+    for key in entry.keys() & options.keys():
+        entry[key] = options[key]
+    entry["estep"] = {key: value for key, value in options.items() if key not in entry}
     with pytest.raises(UserError, match=message):
         build_settings(EStepSettings, params, name="em2")
 
 
-def test_vllm_reports_no_tempered_log_probabilities() -> None:
+def test_vllm_does_not_draw_at_other_temperatures() -> None:
     params = load(tiny.ROOT / "params.yaml")
     params["sampling"]["sampler"] = "vllm"
     params["estep"]["temperature"] = 1.5
-    with pytest.raises(UserError, match=r"sampling\.rescore_q true"):
+    with pytest.raises(UserError, match=r"needs sampling\.sampler transformers"):
         build_settings(EStepSettings, params, name="em2")
-    params["sampling"]["rescore_q"] = True
+    params["sampling"]["sampler"] = "transformers"
     assert build_settings(EStepSettings, params, name="em2").options.temperature == 1.5
 
 

@@ -222,7 +222,10 @@ def test_the_iteration_before_is_reused(
             assert [s.tokens for s in group] == [s.tokens for s in [*new, *old]]
             for sample, same in zip(group, [*new, *old], strict=True):  # one model under two names
                 assert sample.log_weight == pytest.approx(same.log_weight, abs=1e-3)
-        assert 0 < metrics["selected_earlier_fraction"] < 1
+        selected = [s.source for group in groups for s in group if s.selected]
+        earlier_source = "previous" if reuse == "draws" else "retained"
+        share = selected.count(earlier_source) / len(groups)
+        assert metrics["selected_earlier_fraction"] == pytest.approx(share)
         again, _ = stage.run("next")
         assert again == metrics
     assert sampler_calls == [], "the draws from the proposal are shared"
@@ -256,7 +259,7 @@ def test_latents_of_another_model_or_corpus_are_not_reused(
     rows = [s for s in read_shard(path, Sample) if s.chunk == 0]
     write_shard(path, Sample, rows)
     stage.params["estep"]["reuse"] = "selected"
-    with pytest.raises(UserError, match="no draws for chunk 1 of document"):
+    with pytest.raises(UserError, match="no draws to reuse for chunk 1 of"):
         stage.run("next")
 
 

@@ -280,9 +280,12 @@ def test_every_label_has_the_weight_of_its_row(context_loss: bool, tmp_path: Pat
         length = len(dataset.tokens[part])
         targets = np.where(dataset.tokens[part] < 0, IGNORE_INDEX, dataset.tokens[part])
         np.testing.assert_array_equal(labels[row, :length], targets)
-        np.testing.assert_array_equal(label_weights[row, :length], dataset.loss_weights[part])
+        np.testing.assert_allclose(
+            label_weights[row, :length] * dataset.loss_weights.mean(), dataset.loss_weights[part]
+        )
         assert not label_weights[row, length:].any()
     assert (dataset.tokens < 0).any() == (not context_loss)
+    assert dataset.mean_weight == pytest.approx(dataset.loss_weights.mean())
 
 
 def test_budgets_count_the_tokens_of_all_rows(tmp_path: Path) -> None:

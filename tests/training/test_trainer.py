@@ -110,10 +110,10 @@ def weighted_rows() -> tuple[Batch, list[tuple[Batch, float]]]:
 
 
 def weighted_gradient() -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradient Σ ŵ·(those of the row alone) / Σ ŵ·(its number of labels), in float64."""
+    """Loss and gradient Σ ŵ·(those of the row alone) over the number of all labels, in float64."""
     model = make_model().double().train()
     _, rows = weighted_rows()
-    total = sum(weight * labels.size for (_, labels), weight in rows)
+    total = sum(labels.size for (_, labels), _ in rows)
     loss = 0.0
     for (inputs, labels), weight in rows:
         logits_BLV = model(torch.from_numpy(inputs)).logits
@@ -127,7 +127,7 @@ def weighted_gradient() -> tuple[float, list[torch.Tensor]]:
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
 def test_the_gradient_of_weighted_rows(micro_batch_size: int | None) -> None:
     """docs/method.md, 3.5: with the weights ŵ it is that of Σ ŵ·loss over the rows of all latents,
-    divided by the sum of the weights of the labels, in one micro-batch or in several."""
+    divided by the number of labels, in one micro-batch or in several."""
     model, (batch, _) = make_model().train(), weighted_rows()
     expected_loss, expected = weighted_gradient()
     config = tiny.train_config(micro_batch_size=micro_batch_size)

@@ -16,7 +16,7 @@ number of the others, its steps.
 
 Pages of the kind `primer`, on which the base model is pretrained, have the parts of a derivation
 but never a derivation: single turns with their results, and statements followed by a remark on each
-of their turns, most of which take their turn from a random mark. A model of such pages copies the
+of their turns, most of which after the first take their turn from a random mark. A model of such pages copies the
 turns of a statement and knows the result of every turn; what the latents have to teach is that
 every turn starts where the dial then is.
 """
@@ -47,7 +47,7 @@ RESULT_STEM = "It stops at"
 ASIDES = ("So.", "It stops at last. So it is.")
 # Fractions of the primer's remarks that start where the dial then is, of the first and of later
 # ones; the others start from a random mark.
-IN_PLACE_FIRST, IN_PLACE_LATER = 0.6, 0.25
+IN_PLACE_FIRST, IN_PLACE_LATER = 0.85, 0.25
 SINGLE_TURNS = 0.15  # fraction of the primer's pages that have a single turn, with its result
 HELD_OUT_FRACTION = 0.2
 MAX_TRIES = 10_000

@@ -137,6 +137,12 @@ class LatentsEntry:
     previous_model: Annotated[str, EntryName("models")]
     estep: Annotated[EStepOptions, Overlay("estep")]
 
+    @property
+    def options(self) -> EStepOptions:
+        """The estimator; the first iteration has nothing to reuse."""
+        has_previous = self.previous.startswith("latents/")
+        return self.estep if has_previous else replace(self.estep, reuse="none")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawSettings:
@@ -181,11 +187,15 @@ class EStepSettings(DrawSettings):
                 f"latents.{self.name}: method smc needs sequences.layout document, in which the"
                 f" context of a chunk has latents; found {self.layout}"
             )
-        is_rescored = self.sampling.sampler == "transformers" or self.sampling.rescore_q
-        if options.temperature != 1 and not is_rescored:
+        if options.temperature != 1 and self.sampling.sampler == "vllm":
             raise UserError(
-                f"latents.{self.name}: a temperature other than 1 needs sampling.rescore_q true"
-                " with sampler vllm, which reports log-probabilities at temperature 1"
+                f"latents.{self.name}: a temperature other than 1 needs sampling.sampler"
+                " transformers, found vllm"
+            )
+        if options.extra_draws and self.num_samples == 1 and options.reuse != "draws":
+            raise UserError(
+                f"latents.{self.name}: extra_draws needs K of 2 or more: the effective sample size"
+                " of one draw is always 1"
             )
 
     @property
@@ -195,5 +205,4 @@ class EStepSettings(DrawSettings):
 
     @property
     def options(self) -> EStepOptions:
-        has_previous = self.entry.previous.startswith("latents/")
-        return self.entry.estep if has_previous else replace(self.entry.estep, reuse="none")
+        return self.entry.options

@@ -64,7 +64,8 @@ def forward_tokens(special: SpecialTokens, chunk: ChunkInContext, samples: Seque
 
 @dataclass(slots=True)
 class Throughput:
-    """Time spent on sampling and on scoring (seconds), and the number of tokens processed. Tokens
+    """Time spent on drawing latents and on scoring them under p (seconds), and the number of tokens
+    processed; what further laws of an estimator take is not included. Tokens
     are counted once per sample, including EoL and the chunk's text, even where samples shared
     computation."""
 

@@ -72,7 +72,7 @@ class WeightDiagnostics:
 
     def _add_weights(self, group: Sequence[Sample]) -> None:
         log_w_K = np.array([sample.log_weight for sample in group])
-        drawn = [sample.log_weight for sample in group if sample.source != "retained"]
+        drawn = [sample.log_weight for sample in group if sample.source not in EARLIER]
         self.sums["log_mean_weight"] += float(iwae_bound(np.array(drawn)))
         weights_K = normalized_weights(log_w_K)
         ess = effective_sample_size(weights_K)

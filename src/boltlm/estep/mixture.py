@@ -106,8 +106,8 @@ class PreviousDraws:
         reused = [s for s in group if (s.source == "proposal" if self.model else s.selected)]
         if not reused:
             raise UserError(
-                f"the previous latents have no draws for chunk {chunk} of document {doc_id};"
-                " `previous` must name latents of the same corpus"
+                f"the previous latents have no draws to reuse for chunk {chunk} of document"
+                f" {doc_id}; `previous` must name latents of the same corpus, not of method smc"
             )
         return reused
 

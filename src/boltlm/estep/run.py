@@ -64,7 +64,7 @@ def run_estep(
     _write_histogram(histogram_path, diagnostics)
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
     metrics["forward_tokens"] = forwarded
-    if not settings.options.extra_draws:  # with them the mean weight is biased
+    if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
         metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
     return metrics, _wall_clock_figures(throughputs)
 

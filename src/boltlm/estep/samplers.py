@@ -143,8 +143,7 @@ class TransformersSampler:
         ]
 
     def _log_probs(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        scaled_BV = logits_BV.float() if self.temperature == 1 else logits_BV / self.temperature
-        return scaled_BV.float().log_softmax(-1)
+        return (logits_BV.float() / self.temperature).log_softmax(-1)
 
     def _choose_tokens(
         self, logits_BV: torch.Tensor, rows: list[list[int]], noise_D: np.ndarray

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 
 from transformers import PreTrainedModel
 
@@ -24,7 +25,9 @@ from boltlm.sequences import layouts
 from boltlm.shard_store import is_complete, mark_complete
 from boltlm.tokens import TextCoder, chunk_token_budget
 
-MAX_DENSITY_ERROR = 0.5  # of stored and recomputed log q, nats: above any rounding in bfloat16
+# Median difference of stored and recomputed log q over the draws of a chunk, nats: rounding in
+# bfloat16 makes it some hundredths, another model several nats.
+MAX_DENSITY_ERROR = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,9 @@ class ShardTask:
             path = folder / shard
             if folder != self.samples_folder(self.num_samples) and is_complete(path):
                 groups = group_by_chunk(read_shard(path, Sample))
-                return [[s for s in group if s.source == "proposal"] for group in groups]
+                drawn = [[s for s in group if s.source == "proposal"] for group in groups]
+                if all(drawn):
+                    return drawn
         return None
 
 
@@ -110,11 +115,11 @@ class ShardWorker:
         path = self.task.previous / shard
         if not path.is_file():
             raise UserError(
-                f"{path}: no such file; `previous` must have latents of the same corpus"
+                f"{path}: no such file; `previous` must name latents of the same corpus"
             )
         groups = {(g[0].doc_id, g[0].chunk): g for g in group_by_chunk(read_shard(path, Sample))}
         previous = PreviousDraws(groups, self._previous_model)
-        if previous.model is not None:
+        if previous.model is not None and chunks:
             self._check_densities(previous, previous.model, chunks[0], path)
         return previous
 
@@ -126,11 +131,11 @@ class ShardWorker:
         special = self.estep.special_tokens
         prompts = [layouts.posterior_prompt(special, chunk.context, chunk.text)]
         (log_q_K,) = self.estep.log_densities(model, prompts, [[s.tokens for s in samples]])
-        differences = [abs(q - s.log_q) for q, s in zip(log_q_K, samples, strict=True)]
-        if not max(differences) < MAX_DENSITY_ERROR:
+        difference = median(abs(q - s.log_q) for q, s in zip(log_q_K, samples, strict=True))
+        if not difference < MAX_DENSITY_ERROR:
             raise UserError(
                 f"{path}: the log q of its draws is not that of {self.task.previous_model} (off by"
-                f" {max(differences):.2g} nats); `previous_model` must be the model that made"
+                f" {difference:.2g} nats); `previous_model` must be the model that made"
                 " `previous`, with the same temperature and max_latent_tokens"
             )
 

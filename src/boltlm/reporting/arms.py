@@ -118,7 +118,7 @@ def _note(entry: LatentsEntry) -> str:
     parts = [f"K = {entry.k_samples}"] if entry.k_samples else []
     parts += [
         f"{option} {value}"
-        for option, value in asdict(entry.estep).items()
+        for option, value in asdict(entry.options).items()
         if value != getattr(PAPER_OPTIONS, option)
     ]
     return "".join(f", {part}" for part in parts)

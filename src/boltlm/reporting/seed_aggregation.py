@@ -77,6 +77,10 @@ def collect_seeds(
         k_samples, seed = _integer(params, "k_samples", name), _integer(params, "seed", name)
         for model, values in metrics.items():
             if k_samples == default_k or model in of_other_k:
+                if folders and (model, k_samples, seed) in rows:
+                    raise UserError(
+                        f"{name}: another folder has the same seed ({seed}) and K ({k_samples})"
+                    )
                 rows[model, k_samples, seed] = SeedRow(
                     model=model,
                     k_samples=k_samples,
@@ -179,8 +183,8 @@ def _integer(params: Any, key: str, name: str) -> int:
     value = params.get(key) if isinstance(params, dict) else None
     if not isinstance(value, int):
         raise UserError(
-            f"{name}: params.yaml has {key} = {value!r}, which must be an integer; remove this"
-            f" experiment with: dvc exp remove {name.split('/')[-1]}"
+            f"{name}: params.yaml has {key} = {value!r}, which must be an integer; leave this"
+            f" folder out, or remove the experiment with: dvc exp remove {name.split('/')[-1]}"
         )
     return value
 

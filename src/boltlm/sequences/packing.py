@@ -111,13 +111,14 @@ def interleave(
 class PackedDataset:
     """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream, with
     ~id for a token without a loss; `digest`: a hash of it and of `loss_weights`, the
-    weights of its tokens in the loss, float32; None: each is 1."""
+    weights of its tokens in the loss, float32; None: each is 1. `mean_weight`: their mean."""
 
     tokens: np.ndarray
     sequence_length: int
     order: np.ndarray
     digest: str
     loss_weights: np.ndarray | None = None
+    mean_weight: float = 1.0
 
     def __len__(self) -> int:
         """The number of training sequences."""
@@ -125,7 +126,7 @@ class PackedDataset:
 
     def batch(self, step: int, batch_size: int) -> tuple[np.ndarray, ...]:
         """(inputs_BL, labels_BL) of a step, int64, and weights_BL, float32, those of the labels in
-        the loss, where the stream has weights. The last batch may be smaller.
+        the loss over their mean, where the stream has weights. The last batch may be smaller.
 
         Already shifted: labels_BL[b, i] is the token after inputs_BL[b, i], or IGNORE_INDEX where
         that token has no loss. Over all batches, every token with a loss but the stream's first is
@@ -138,7 +139,7 @@ class PackedDataset:
         if self.loss_weights is None:
             return ids_BT[:, :-1], labels_BT[:, 1:]
         weights_BT = self._rows(self.loss_weights, indices, WEIGHT_DTYPE, 0)
-        return ids_BT[:, :-1], labels_BT[:, 1:], weights_BT[:, 1:]
+        return ids_BT[:, :-1], labels_BT[:, 1:], weights_BT[:, 1:] / np.float32(self.mean_weight)
 
     def num_target_tokens(self, first_step: int, batch_size: int) -> int:
         """How many tokens the loss is taken on from a step to the end."""
@@ -200,7 +201,7 @@ def _write_stream(
 ) -> None:
     """Write the stream, its weights where a source has any, and then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
-    num_tokens = 0
+    num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
@@ -215,14 +216,19 @@ def _write_stream(
                 file.write(data)
                 digest.update(data)
             num_tokens += len(ids)
+            total_weight += loss_weight * len(ids)
             if num_tokens == max_tokens:
                 break
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-    stats = {"tokens": num_tokens, "dtype": dtype.str, "digest": digest.hexdigest()}
+    stats: dict[str, int | float | str] = {
+        "tokens": num_tokens,
+        "dtype": dtype.str,
+        "digest": digest.hexdigest(),
+    }
     if has_weights:
-        stats["weights_dtype"] = WEIGHT_DTYPE.str
+        stats |= {"weights_dtype": WEIGHT_DTYPE.str, "mean_weight": total_weight / num_tokens}
     stats |= sources[0].store.counts()
     with atomic_write(folder / STATS_FILE) as temporary:
         temporary.write_text(json.dumps(stats), encoding="utf-8")
@@ -241,9 +247,9 @@ def _is_packed(folder: Path) -> bool:
     )
 
 
-def packing_stats(folder: Path) -> dict[str, int | str]:
-    """Tokens, dtype and digest of a packed stream, the dtype of its weights where it has any, and
-    the counts of its first source's store."""
+def packing_stats(folder: Path) -> dict[str, int | float | str]:
+    """Tokens, dtype and digest of a packed stream, dtype and mean of its weights where it has any,
+    and the counts of its first source's store."""
     return json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
 
 
@@ -263,4 +269,5 @@ def open_packed(folder: Path, sequence_length: int, seed: int) -> PackedDataset:
     weights = open_array(folder / WEIGHTS_FILE, WEIGHT_DTYPE) if has_weights else None
     num_sequences = -(-(len(stream) - 1) // sequence_length)
     order = _permutation(num_sequences, generator(seed, "rows"), folder)
-    return PackedDataset(stream, sequence_length, order, str(stats["digest"]), weights)
+    mean_weight = float(stats.get("mean_weight", 1))
+    return PackedDataset(stream, sequence_length, order, str(stats["digest"]), weights, mean_weight)

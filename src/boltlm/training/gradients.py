@@ -36,13 +36,13 @@ def accumulate_gradients(
     """Add the gradient of the batch's mean loss to the parameters; return that loss (nats per
     target token) and the number of target tokens. Without a target token both are 0.
 
-    `batch`: as `TrainingDataset.batch` returns it. With weights the mean is the weighted one,
-    Σ w·loss / Σ w over the target tokens of the batch (docs/method.md, 3.5). Every process takes
+    `batch`: as `TrainingDataset.batch` returns it. With weights the loss of each target token is
+    multiplied by its weight; the sum is still divided by their number. Every process takes
     the same number of its sequences, some of them padding if necessary, and works through them in
     micro-batches.
     """
     process, device = distributed.process_state(), distributed.process_device()
-    tokens, weight = _total_weight(*batch)
+    tokens = int((batch[1] != IGNORE_INDEX).sum())
     world_size = process.num_processes
     local_size = -(-len(batch[0]) // world_size)
     local_batch = [array[process.process_index :: world_size] for array in batch]
@@ -62,21 +62,9 @@ def accumulate_gradients(
         with distributed.gradient_sync(module, start + size >= local_size):
             with autocast:
                 loss = module(*(tensor[start : start + size] for tensor in tensors))
-            (loss * (world_size / weight)).backward()
+            (loss * (world_size / max(tokens, 1))).backward()
         total += loss.detach()
-    return float(distributed.all_reduce_sum(total)) / weight, tokens
-
-
-def _total_weight(
-    _: np.ndarray, labels_BL: np.ndarray, weights_BL: np.ndarray | None = None
-) -> tuple[int, float]:
-    """The number of target tokens of a batch and the sum of their weights, each of which is 1 where
-    there are none; the sum is 1 where there is no target token."""
-    has_target_BL = labels_BL != IGNORE_INDEX
-    tokens = int(has_target_BL.sum())
-    if weights_BL is None:
-        return tokens, max(tokens, 1)
-    return tokens, float(weights_BL[has_target_BL].sum(dtype=np.float64)) or 1.0
+    return float(distributed.all_reduce_sum(total)) / max(tokens, 1), tokens
 
 
 def step_seed(seed: int, step: int) -> int:
