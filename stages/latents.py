@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.estep.compute import record_estep_compute
+from boltlm.estep.compute import check_reuse, record_estep_compute
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
 from boltlm.params import load_settings
@@ -33,6 +33,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     settings = load_settings(EStepSettings, args.params, name=args.name)
+    reused = None if settings.options.reuse == "none" else args.previous
+    if reused is not None:
+        check_reuse(args.model, reused)
     metrics, timing = run_estep(
         settings,
         model=args.model,
@@ -45,7 +48,6 @@ def main() -> None:
         histogram_path=args.histogram,
     )
     tokens = int(metrics["forward_tokens"])
-    reused = None if settings.options.reuse == "none" else args.previous
     compute = record_estep_compute(args.name, tokens, model=args.model, reused=reused, out=args.out)
     write_json(args.metrics, {**metrics, **compute})
     if timing:

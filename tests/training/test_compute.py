@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from boltlm.errors import UserError
-from boltlm.estep.compute import record_estep_compute
+from boltlm.estep.compute import check_reuse, record_estep_compute
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
 from boltlm.params import build_settings, load
@@ -209,3 +209,25 @@ def test_a_history_that_is_not_known_is_an_error(tmp_path: Path) -> None:
     params["models"]["arm"] = {**raw_history(2), "data": "teacher/all"}
     with pytest.raises(UserError, match=r"needs `data` in latents/.* found teacher/all"):
         build_settings(TrainSettings, params, name="arm")
+
+
+def test_reused_latents_belong_to_the_history(tmp_path: Path) -> None:
+    """And are refused where the model itself drew them."""
+    models = []
+    for index, name in enumerate(("one", "two")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "weights").write_bytes(bytes([index]))
+        write_compute(folder, f"models/{name}", flops=5, flops_per_token=6, history=[])
+        models.append(folder)
+    previous, latents = tmp_path / "previous", tmp_path / "latents"
+    for folder in (previous, latents):
+        folder.mkdir()
+        (folder / "00000.parquet").write_bytes(folder.name.encode())
+    record_estep_compute("em1", 10, model=models[0], reused=None, out=previous)
+    record_estep_compute("em2", 10, model=models[1], reused=previous, out=latents)
+    names = {key.split("@")[0] for key in read_compute(latents).lineage}
+    assert names == {"models/one", "models/two", "latents/em1", "latents/em2"}
+    check_reuse(models[1], previous)
+    with pytest.raises(UserError, match=r"was drawn by .*one, whose draws are the same"):
+        check_reuse(models[0], previous)

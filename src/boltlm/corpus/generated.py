@@ -16,9 +16,9 @@ number of the others, its steps.
 
 Pages of the kind `primer`, on which the base model is pretrained, have the parts of a derivation
 but never a derivation: single turns with their results, and statements followed by a remark on each
-of their turns, most of which after the first take their turn from a random mark. A model of such pages copies the
-turns of a statement and knows the result of every turn; what the latents have to teach is that
-every turn starts where the dial then is.
+of their turns. The first remark mostly begins where the dial is, the later ones mostly at a random
+mark. A model of such pages copies start and turns of a statement and knows the result of every
+turn; what the latents have to teach is that every turn starts where the dial then is.
 """
 
 import itertools

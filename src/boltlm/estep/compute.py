@@ -2,7 +2,18 @@
 
 from pathlib import Path
 
+from boltlm.errors import UserError
 from boltlm.training.compute import read_compute, write_compute
+
+
+def check_reuse(model: Path, previous: Path) -> None:
+    """Raises UserError where the latents in `previous` were drawn by `model` itself: its draws for
+    one chunk are the same in every entry of `latents`, so they would count twice."""
+    if read_compute(model).key in read_compute(previous).lineage:
+        raise UserError(
+            f"{previous}: it was drawn by {model}, whose draws are the same in every entry of"
+            " `latents`; `previous` must be of an iteration before"
+        )
 
 
 def record_estep_compute(
