@@ -50,6 +50,7 @@ def write_model(
                 )
                 values |= {"doc_id": f"d{d}", "chunk": c, "sample": k, "log_weight": log_weight}
                 values |= {"latent": "", "tokens": (), "finish": "stop", "selected": k == 0}
+                values |= {"source": "proposal", "ancestor": None}
                 samples.append(Sample(**values))
         scores.append(
             DocumentScore(
