@@ -166,6 +166,12 @@ def test_draws_of_the_iteration_before(
     weight_Z = laws.joint / ((2 * laws.proposal + 3 * laws.other) / 5)
     check_weights(groups, weight_Z)
     check_mean_weight(groups, laws)
+    own_laws = {"proposal": laws.proposal, "previous": laws.other}
+    separate_N = [
+        np.mean([(laws.joint / own_laws[s.source])[INDEX[s.tokens]] for s in g]) for g in groups
+    ]
+    mixed_N = [np.exp(iwae_bound(np.array([s.log_weight for s in group]))) for group in groups]
+    assert np.std(mixed_N) < 0.95 * np.std(separate_N)
     for group, earlier in zip(groups[:50], old, strict=False):
         assert [s.tokens for s in group[2:]] == [s.tokens for s in earlier[:3]]
         assert group[4].log_q == pytest.approx(
@@ -333,7 +339,8 @@ def test_smc_contexts_have_the_latents_of_the_ancestors(enumerable: tiny.Tiny) -
         assert [s.ancestor for s in first] == [None] * 4
         assert [s.sample for s in second] == list(range(4))
         (chosen,) = [s for s in second if s.selected]
-        assert first[chosen.ancestor or 0].selected
+        assert chosen.ancestor is not None
+        assert first[chosen.ancestor].selected
         for group, text in ((first, FIRST), (second, SECOND)):
             for s in group:
                 context: list[int] = []

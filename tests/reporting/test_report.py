@@ -153,6 +153,9 @@ def test_the_report_names_every_model_and_links_every_figure(tmp_path: Path) -> 
     assert "| tuned | gsm8k/standard/latent | 25.0% ± 2.0% | 3.0% | – | 5 | 16 |" in text
     assert "absent" not in text
     assert "| second | 17.8% |" in text
+    by_task = text.partition("### Accuracy by task\n")[2].partition("\n#")[0]
+    assert "| second | 17.8% |" in by_task
+    assert "| plain |" not in by_task, "it was given none of the tasks"
     assert "(44 of documents, 43 of questions)" in text
     assert "| model | K = 4 | K = 64 |\n" in text
     assert "| second | −4.312 | −3.375 |" in text
