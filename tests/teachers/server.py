@@ -157,12 +157,10 @@ class MockAPI:
 
     def charge(self, bodies: Iterable[dict[str, Any]]) -> None:
         """Count that these requests were answered, and so have to be paid for."""
-        self.db.execute("begin")
         self.db.executemany(
             "insert into answered values (?, 1) on conflict do update set count = count + 1",
             ((digest(body),) for body in bodies),
         )
-        self.db.execute("commit")
 
     # Chat completions
 
@@ -280,12 +278,15 @@ class MockAPI:
         facts, polls, fault = json.loads(row[0]), row[1] + 1, row[2]
         if facts["status"] in ("validating", "in_progress"):
             facts["status"] = "in_progress"
+            # In one transaction: a server that is killed here must not charge for a batch again.
+            self.db.execute("begin")
             if polls >= POLLS:
                 facts |= self.end_batch(facts, fault)
             self.db.execute(
                 "update batches set facts = ?, polls = ? where id = ?",
                 (json.dumps(facts), polls, facts["id"]),
             )
+            self.db.execute("commit")
         return web.json_response(facts)
 
     def end_batch(self, facts: dict[str, Any], fault: str) -> dict[str, Any]:
