@@ -1,8 +1,8 @@
 """Evaluates a model: likelihood bounds, raw-text likelihood, and answers to questions.
 
     python stages/evaluate.py --params params.yaml --name em1 --model models/em1 \
-        --split data/split --chunks data/chunks --work .work --out data/evaluate/em1 \
-        --metrics metrics/eval/em1.json
+        --split data/split --chunks data/chunks --fewshot src/boltlm/evaluation/fewshot.yaml \
+        --work .work --out data/evaluate/em1 --metrics metrics/eval/em1.json
 
 The name `base` stands for the model of the stage `base`.
 """
@@ -21,7 +21,8 @@ from boltlm.shard_store import repository_path
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--model", "--split", "--chunks", "--work", "--out", "--metrics"):
+    inputs = ("--params", "--model", "--split", "--chunks", "--fewshot")
+    for flag in (*inputs, "--work", "--out", "--metrics"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
@@ -31,7 +32,7 @@ def main() -> None:
     kind = BaseEvaluateSettings if args.name == "base" else EvaluateSettings
     settings = load_settings(kind, args.params, name=args.name)
     work = repository_path(args.work)
-    paths = EvaluationPaths(args.model, args.split, args.chunks, work, args.out)
+    paths = EvaluationPaths(args.model, args.split, args.chunks, args.fewshot, work, args.out)
     write_json(args.metrics, evaluate_model(settings, paths))
 
 

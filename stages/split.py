@@ -29,7 +29,7 @@ def main() -> None:
     settings = load_settings(SplitSettings, args.params)
     coder = TextCoder(args.base)
     budget = chunk_token_budget(coder.context_length, settings.max_latent_tokens)
-    chunker = Chunker(settings.chunks, coder, budget, settings.seed)
+    chunker = Chunker(settings.chunks, coder, budget, settings.data_seed)
     counts = split_corpora(settings, chunker, split_dir=args.split, chunks_dir=args.chunks)
     write_json(args.metrics, counts)
 

@@ -2,8 +2,8 @@
 
     python stages/teacher.py --params params.yaml --name warmstart --base models/base \
         --split data/split/warmstart --chunks data/chunks/warmstart \
-        --cache response_cache/responses.sqlite --out data/teacher/warmstart \
-        --metrics metrics/teacher/warmstart.json
+        --cache response_cache/responses.sqlite --prompts src/boltlm/teachers/templates \
+        --out data/teacher/warmstart --metrics metrics/teacher/warmstart.json
 
 Every response of a teacher is saved in the response cache, which belongs to the repository itself
 also when DVC runs a queued experiment in a copy of it.
@@ -24,7 +24,8 @@ from boltlm.tokens import TextCoder
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("--params", "--base", "--split", "--chunks", "--cache", "--out", "--metrics"):
+    inputs = ("--params", "--base", "--split", "--chunks", "--prompts")
+    for flag in (*inputs, "--cache", "--out", "--metrics"):
         parser.add_argument(flag, type=Path, required=True)
     return parser.parse_args()
 
@@ -38,6 +39,7 @@ def main() -> None:
         chunks=args.chunks,
         out=args.out,
         cache=repository_path(args.cache),
+        prompts=args.prompts,
     )
     write_json(args.metrics, counts)
 

@@ -17,8 +17,6 @@ DVC_YAML = ROOT / "dvc.yaml"
 SCRIPT = re.compile(r"stages/\w+\.py")
 # Data files of the package that modules read: the code that reads them, and what it reads.
 PACKAGE_DATA = {
-    "boltlm.teachers.prompts": "src/boltlm/teachers/templates",
-    "boltlm.evaluation.fewshot": "src/boltlm/evaluation/fewshot.yaml",
     "boltlm.evaluation.downstream": "src/boltlm/evaluation/tasks",
 }
 

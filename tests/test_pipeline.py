@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -45,6 +46,7 @@ def clone(folder: Path) -> Path:
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "presets" / "smoke.yaml", folder / "params.yaml")
     (folder / "metrics" / "latents").mkdir(parents=True)
+    shutil.copytree(ROOT / "metrics" / "inputs", folder / "metrics" / "inputs")
     run(folder, "git", "init", "-q")
     run(folder, "dvc", "init", "-q")
     return folder
@@ -192,6 +194,65 @@ def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
 
 
 @pytest.mark.timeout(3600)
+def test_another_training_seed_is_one_more_training(finished: Path, tmp_path: Path) -> None:
+    """Over the same data and latents: no teacher is asked, no latent drawn, no data file changed;
+    only that model is trained and evaluated. Another data_seed changes base, documents and all that
+    follows."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    path = folder / "params.yaml"
+    params = path.read_text("utf-8")
+    before = outputs(folder)
+    entry = {**yaml.safe_load(params)["models"]["em1"], "seed": 5}
+    arm = f"models:\n  em1_seed5: {json.dumps(entry)}\n"
+    path.write_text(params.replace("models:\n", arm, 1), encoding="utf-8")
+    printed = run(folder, "dvc", "repro", "evaluate@em1_seed5")
+    ran = re.findall(r"Running stage '(\S+)'", printed)
+    assert ran == ["train@em1_seed5", "evaluate@em1_seed5"]
+    after = outputs(folder)
+    assert before == {name: after[name] for name in before}
+    assert after["models/em1_seed5"] != after["models/em1"]
+    path.write_text(params.replace("data_seed: 1", "data_seed: 2", 1), encoding="utf-8")
+    assert {"base", "split"} <= set(json.loads(run(folder, "dvc", "status", "--json")))
+    run(folder, "dvc", "repro", "split")
+    changed = outputs(folder)
+    for name in ("models/base", "data/split", "data/chunks"):
+        assert changed[name] != before[name]
+
+
+@pytest.mark.timeout(3600)
+def test_a_changed_input_file_is_noticed(finished: Path, tmp_path: Path) -> None:
+    """A file that params name is a dependency: when it changes, `dvc status` says so and the stages
+    that read it run again. A file under DVC's control is there in an experiment's temporary copy
+    of the repository, too."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    texts = folder / "texts.jsonl"
+    texts.write_text('{"text": "One."}\n{"text": "Two."}\n{"text": "Three."}\n', encoding="utf-8")
+    columns = dict.fromkeys(("doc_id", "cluster", "latent", "pieces")) | {"text": "text"}
+    files = {"kind": "files", "path": "texts.jsonl", "columns": columns, "shuffle_buffer": 0}
+    params = yaml.safe_load((folder / "params.yaml").read_text("utf-8"))
+    params["inputs"] = {"texts": "texts.jsonl"}
+    params["corpora"]["more"] = {"documents": 2, "source": files}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    assert "Running stage 'input@texts'" in run(folder, "dvc", "repro", "split")
+    assert "Running stage" not in run(folder, "dvc", "repro", "split")
+    described = json.loads((folder / "metrics" / "inputs" / "texts.json").read_text())
+    assert (described["files"], described["bytes"]) == (1, texts.stat().st_size)
+    more = outputs(folder)["data/chunks"]
+
+    texts.write_text('{"text": "Uno."}\n{"text": "Due."}\n', encoding="utf-8")
+    assert "input@texts" in json.loads(run(folder, "dvc", "status", "--json"))
+    assert "Running stage 'split'" in run(folder, "dvc", "repro", "split")
+    assert outputs(folder)["data/chunks"] != more
+
+    run(folder, "dvc", "add", "texts.jsonl")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "texts")
+    run(folder, "dvc", "exp", "run", "--temp", "-S", "corpora.more.documents=1", "split")
+
+
+@pytest.mark.timeout(3600)
 def test_mlflow_holds_the_experiment_and_its_children(finished: Path) -> None:
     """One run for the experiment and one for each part, with curves and wall-clock figures."""
     with sqlite3.connect(finished / "mlflow.db") as database:
@@ -219,11 +280,16 @@ def test_no_tracked_file_holds_a_wall_clock_figure(finished: Path) -> None:
                 assert word not in text, f"{path}: {word}"
 
 
+FILES = {"corpus": {"kind": "files", "path": "no/such.jsonl"}}
 ERRORS = {
     "an unknown key": ({"chunks": {"mean": 3}}, "unknown key chunks.mean"),
-    "a wrong path": ({"corpus": {"kind": "files", "path": "no/such.jsonl"}}, "no/such.jsonl"),
+    "a wrong path": ({"inputs": {"no": "no"}, **FILES}, "no/such.jsonl': no such file"),
     "a wrong kind": ({"corpus": {"kind": "web"}}, "kind must be"),
-    "a text instead of a seed": ({"seed": "one"}, "seed must be of type int, found 'one'"),
+    "a text instead of a seed": ({"data_seed": "one"}, "seed must be of type int, found 'one'"),
+    "an unnamed file": (
+        {"inputs": {}, **FILES},
+        "'no/such.jsonl' is not among `inputs`",
+    ),
     "a short context": ({"max_latent_tokens": 255}, "context"),
 }
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
 from boltlm.fingerprint import NEUTRAL_MODULES, import_closure, imported_modules
 from boltlm.params import build_settings, load, settings_keys
@@ -123,6 +125,16 @@ def test_params_build_the_settings_of_every_stage(path: Path) -> None:
 def test_presets_have_the_sections_of_params(path: Path) -> None:
     """A preset replaces params.yaml as a whole, so it must say all that params.yaml says."""
     assert load(PARAMS[0]).keys() == load(path).keys()
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
+def test_an_override_leaves_the_layout_of_params_alone(path: Path) -> None:
+    """`dvc exp run -S` writes the whole file anew. Ours is what DVC writes, but for `null`, for
+    which it leaves the place empty."""
+    text = path.read_text("utf-8")
+    written = dumps_yaml(parse_yaml_for_update(text, str(path)))
+    for ours, theirs in zip_longest(text.splitlines(), written.splitlines(), fillvalue=""):
+        assert theirs in (ours, re.sub(r": null\b", ":     ", ours).rstrip())
 
 
 # --- How the code is organised

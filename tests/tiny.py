@@ -20,6 +20,9 @@ from boltlm.training.config import TrainConfig
 from boltlm.training.schedules import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+# The prompts that params.yaml names.
+TEMPLATES = ROOT / "src" / "boltlm" / "teachers" / "templates"
+FEWSHOT = ROOT / "src" / "boltlm" / "evaluation" / "fewshot.yaml"
 SHARED = ROOT.parent / "shared" / "data"
 BOS, EOS = "<|begin|>", "<|end|>"
 

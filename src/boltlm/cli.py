@@ -23,8 +23,9 @@ same folder twice to compare the verdicts of a task's graders."""
 
 SEEDS_EXAMPLE = """\
 example:
-  dvc exp run --queue -S seed=1,2,3
-  dvc exp run --queue -S seed=1,2,3 -S k_samples=1,8 evaluate@em1
+  dvc exp run --queue -S +models.em1.seed=2,3 evaluate@em1  # trainings over the same latents
+  dvc exp run --queue -S data_seed=2 -S seed=2              # a full replicate
+  dvc exp run --queue -S k_samples=1,8 evaluate@em1
   dvc queue start
   boltlm seeds --out metrics/seeds.csv --differences em1-warmstart em2-em1
 
@@ -110,7 +111,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _add_seeds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "aggregate finished DVC experiments over seeds: means with confidence intervals"
     parser = _add(commands, "seeds", summary, SEEDS_EXAMPLE, _seeds)
-    parser.add_argument("--out", type=Path, required=True, help="CSV with one row a seed and model")
+    parser.add_argument("--out", type=Path, required=True, help="CSV with one row a model and seed")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument(
         "--folders",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,6 @@ import pytest
 
 from boltlm.corpus import benchmarks
 from boltlm.corpus.benchmarks import (
-    BENCHMARK_FILE_TYPES,
     BENCHMARKS,
     MATH_SUBJECTS,
     STEM_SUBJECTS,
@@ -23,6 +23,7 @@ from boltlm.corpus.benchmarks import (
     BenchmarkName,
     read_benchmark,
 )
+from boltlm.corpus.readers import DATA_FILE_TYPES
 from boltlm.errors import UserError
 from tests import tiny
 
@@ -90,7 +91,7 @@ def test_items_of_each_benchmark(tmp_path: Path) -> None:
     assert [item.solution for item in items["mmlu_stem"]] == ["A", "C", "D"]
 
 
-@pytest.mark.parametrize("suffix", BENCHMARK_FILE_TYPES)
+@pytest.mark.parametrize("suffix", DATA_FILE_TYPES)
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_file_format_gives_the_same_items(
     tmp_path: Path, name: BenchmarkName, suffix: str
@@ -115,6 +116,20 @@ def test_the_id_of_a_row_is_preserved(tmp_path: Path) -> None:
     assert [item.item_id for item in items] == ["row/0", "row/1"]
     with pytest.raises(UserError, match=r"a\.jsonl, row 3: .*'row/0'"):
         list(read_benchmark("gsm8k", write(tmp_path / "a.jsonl", [*rows, rows[0]])))
+
+
+def test_a_revision_of_the_hub_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`<owner>/<name>@<revision>` pins a commit, tag or branch; without it the latest is read."""
+    requests: list[tuple[str, str | None]] = []
+
+    def load_dataset(name: str, *_: Any, revision: str | None, **__: Any) -> list[dict[str, Any]]:
+        requests.append((name, revision))
+        return ROWS["gsm8k"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pinned = list(read_benchmark("gsm8k", "some/name@0a1b2c"))
+    assert pinned == list(read_benchmark("gsm8k", "some/name"))
+    assert requests == [("some/name", "0a1b2c"), ("some/name", None)]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

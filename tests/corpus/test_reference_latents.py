@@ -98,6 +98,7 @@ def test_a_document_without_any_latent_is_an_error() -> None:
 
 SETTINGS = TeacherSettings(
     name="reference",
+    inputs={},
     teacher=DatasetTeacherConfig(kind="dataset", corpus="em"),
     context_chunks=3,
     max_latent_tokens=12,
@@ -106,7 +107,7 @@ SETTINGS = TeacherSettings(
 
 def write_tables(folder: Path, shards: list[list[tuple[Document, list[Chunk]]]]) -> dict[str, Path]:
     """The paths that `run_teacher` takes, with the documents and chunks of each shard."""
-    paths = {name: folder / name for name in ("split", "chunks", "out", "cache")}
+    paths = {name: folder / name for name in ("split", "chunks", "out", "cache", "prompts")}
     for index, shard in enumerate(shards):
         name = f"{index:05d}.parquet"
         write_shard(paths["split"] / name, Document, [document for document, _ in shard])

@@ -289,11 +289,11 @@ def corpus_sources(**overrides: Mapping[str, Any]) -> dict[str, CorpusSource]:
 def test_a_corpus_overrides_keys_of_the_main_source() -> None:
     """If the kind is the same, keys that are not given are those of `corpus`; a source of another
     kind must be complete."""
-    other = {"kind": "gsm8k", "path": None, "split": "train", "shuffle_buffer": 0}
+    other = {"kind": "gsm8k", "path": "openai/gsm8k", "split": "train", "shuffle_buffer": 0}
     assert corpus_sources(same={}, moved={"path": "b.jsonl"}, other=other) == {
         "same": files_source("a.jsonl"),
         "moved": files_source("b.jsonl"),
-        "other": GSM8KSource(kind="gsm8k", path=None, split="train", shuffle_buffer=0),
+        "other": GSM8KSource(kind="gsm8k", path="openai/gsm8k", split="train", shuffle_buffer=0),
     }
 
 

@@ -36,7 +36,8 @@ def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[
     entries = {name: {"documents": n, "source": {}} for name, n in corpora.items()}
     heldout = {"documents": 1, "source": {"path": str(heldout_path)}}
     return {
-        "seed": 1,
+        "data_seed": 1,
+        "inputs": {"texts": str(path.parent)},
         "corpus": {
             "kind": "files",
             "path": str(path),

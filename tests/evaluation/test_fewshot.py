@@ -52,7 +52,11 @@ def wide(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_our_task(spec: str, data_path: str, tokenizer: Path, **options: Any) -> Any:
     task_options = TaskOptions(
-        data_path=data_path, tokenizer=tokenizer, max_answer_tokens=10, **options
+        fewshot=tiny.FEWSHOT,
+        data_path=data_path,
+        tokenizer=tokenizer,
+        max_answer_tokens=10,
+        **options,
     )
     (task,) = downstream.load_task(TaskSpec.parse(spec), task_options)["tasks"].values()
     return task
@@ -88,7 +92,7 @@ def test_examples_are_split_in_latent_space(
     """As in training text, the latent contains the thought alone, and the sentence with the answer
     follows EoL and a space. Nothing of the raw example is lost but the chain-of-thought cue."""
     form = PROMPT_FORMS[task]
-    description, examples = fewshot_examples(task, prompt_set, subject)
+    description, examples = fewshot_examples(task, prompt_set, subject, tiny.FEWSHOT)
     assert len(examples) == NUM_SHOTS[task]
     text = render_prompt(form, description, examples, "Why?", "latent")
     assert text.startswith(description)
@@ -115,7 +119,7 @@ def test_examples_are_split_in_latent_space(
 @pytest.mark.parametrize("task", GOLD)
 def test_synthetic_examples_are_correct(task: TaskName) -> None:
     """Every answer is right, and every grader of the task can read it."""
-    _, examples = fewshot_examples(task, "synthetic", STEM_SUBJECTS[0])
+    _, examples = fewshot_examples(task, "synthetic", STEM_SUBJECTS[0], tiny.FEWSHOT)
     answers = [example.split_target(PROMPT_FORMS[task])[1] for example in examples]
     for answer, gold in zip(answers, GOLD[task], strict=True):
         verdicts = grade(task, answer, gold)
@@ -128,21 +132,35 @@ def test_synthetic_questions_are_new() -> None:
     standard = {
         example.question.partition("\n(A)")[0]
         for task, subject in SUBJECTS
-        for example in fewshot_examples(task, "standard", subject)[1]  # pyright: ignore
+        for example in fewshot_examples(task, "standard", subject, tiny.FEWSHOT)[1]  # pyright: ignore
     }
     files = ("gsm8k_train", "gsm8k_test", "mmlu_stem_dev", "mmlu_stem_val", "mmlu_stem_test")
     benchmark = {row["question"].strip() for name in files for row in upstream.real(name)}
-    questions = [e.question for task in GOLD for e in fewshot_examples(task, "synthetic", "")[1]]
+    examples = {task: fewshot_examples(task, "synthetic", "", tiny.FEWSHOT)[1] for task in GOLD}
+    questions = [example.question for group in examples.values() for example in group]
     synthetic = {question.partition("\n(A)")[0] for question in questions}
     assert len(synthetic) == len(questions) == sum(NUM_SHOTS.values())
     assert synthetic.isdisjoint(standard | benchmark)
 
 
+def test_synthetic_examples_are_read_from_a_file_of_ones_own(tmp_path: Path) -> None:
+    """Its examples are used as they are; one that lacks a key is a UserError."""
+    path = tmp_path / "examples.yaml"
+    path.write_text("gsm8k:\n- {question: 'One and one?', thought: Add., answer: It is 2.}\n")
+    own = fewshot_examples("gsm8k", "synthetic", "", path)
+    assert own == ("", (FewShotExample("One and one?", "Add. It is 2."),))
+    for broken in ("gsm8k:\n- {question: q, answer: a}\n", "math: []\n", "gsm8k: 3\n", "- ["):
+        path = tmp_path / f"{len(broken)}.yaml"
+        path.write_text(broken)
+        with pytest.raises(UserError, match=rf"prompts\.fewshot: {path} must map gsm8k"):
+            fewshot_examples("gsm8k", "synthetic", "", path)
+
+
 def test_the_corpus_questions_are_asked_zero_shot() -> None:
     """A page is continued, so its prompt contains nothing but what says whether a latent comes."""
-    assert fewshot_examples("questions", "standard", "") == ("", ())
+    assert fewshot_examples("questions", "standard", "", tiny.FEWSHOT) == ("", ())
     with pytest.raises(UserError, match="questions/standard"):
-        fewshot_examples("questions", "synthetic", "")
+        fewshot_examples("questions", "synthetic", "", tiny.FEWSHOT)
     form = PROMPT_FORMS["questions"]
     assert EMPTY_LATENT == SOL + EOL
     assert render_prompt(form, "", (), "Page.", "raw") == "Page."
@@ -153,7 +171,7 @@ def test_the_corpus_questions_are_asked_zero_shot() -> None:
 def test_a_missing_file_of_lm_eval_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of lm-eval may have moved its examples; that is a UserError."""
     with pytest.raises(UserError, match=r"no file tasks/mmlu/.*mmlu_alchemy.yaml.*locked version"):
-        fewshot_examples("mmlu_stem", "standard", "alchemy")
+        fewshot_examples("mmlu_stem", "standard", "alchemy", tiny.FEWSHOT)
     monkeypatch.setattr(fewshot, "_read_installed", lambda _: "def other(): return []")
     with pytest.raises(UserError, match="no function list_fewshot_samples"):
         fewshot._standard_examples.__wrapped__("math", "")
@@ -196,7 +214,7 @@ def test_the_budget_is_what_the_answer_leaves(base_folder: Path, tmp_path: Path)
     lm-eval would truncate prompts from the left without a message."""
     coder = TextCoder(base_folder)
     data_path = upstream.write(tmp_path, "gsm8k", [{"question": "One?", "answer": "#### 1"}])
-    _, examples = fewshot_examples("gsm8k", "standard", "")
+    _, examples = fewshot_examples("gsm8k", "standard", "", tiny.FEWSHOT)
     prompt = render_prompt(PROMPT_FORMS["gsm8k"], "", examples[-1:], "One?", "raw")
     exact_length = 1 + len(encode_prompt(coder, prompt)) + 10
     for context_length, num_shots in (

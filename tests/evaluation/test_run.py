@@ -45,7 +45,8 @@ class Stage:
             "max_thought_tokens": 6,
             "large_k": {"k_samples": 8, "documents": 4},
         }
-        self.params["models"] = {"one": {"format": "latent"}, "raw": {"format": "raw"}}
+        entry = {"parent": "base", "corpus": "extra", "mix_corpus": "extra", "data": "split/extra"}
+        self.params["models"] = {"one": entry, "raw": {**entry, "format": "raw"}}
         chunking = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2)
         split_corpora(
             build_settings(SplitSettings, self.params),
@@ -54,7 +55,12 @@ class Stage:
             chunks_dir=folder / "chunks",
         )
         self.paths = EvaluationPaths(
-            model, folder / "split", folder / "chunks", folder / "work", folder / "out"
+            model,
+            folder / "split",
+            folder / "chunks",
+            tiny.FEWSHOT,
+            folder / "work",
+            folder / "out",
         )
 
     def run(self, name: str = "one") -> dict[str, float]:

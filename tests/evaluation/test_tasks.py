@@ -27,6 +27,7 @@ from boltlm.evaluation.task_spec import TaskName, TaskSpec, ThoughtSpace
 from boltlm.evaluation.tasks.loading import split_completion
 from boltlm.records import Question, write_shard
 from boltlm.tokens import EOL, POST, PRIOR, SOL, TextCoder
+from tests import tiny
 from tests.evaluation import upstream
 from tests.evaluation.upstream import ScriptedLM, last_question
 
@@ -51,7 +52,10 @@ def test_verdicts_are_lm_evals(task: str, wide: Path, tmp_path: Path) -> None:
     assert len({*questions}) == len(rows)
     spec = TaskSpec.parse(f"{task}/standard/raw")
     options = TaskOptions(
-        data_path=upstream.write(tmp_path, task, rows), tokenizer=wide, max_answer_tokens=9
+        fewshot=tiny.FEWSHOT,
+        data_path=upstream.write(tmp_path, task, rows),
+        tokenizer=wide,
+        max_answer_tokens=9,
     )
     used: set[str] = set()
     for shift in range(1 if len(rows) > 200 else len(templates)):
@@ -118,7 +122,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_docs(spec: str, data_path: str, tokenizer: Path, **options: Any) -> list[dict[str, Any]]:
     task_options = TaskOptions(
-        data_path=data_path, tokenizer=tokenizer, max_answer_tokens=9, **options
+        fewshot=tiny.FEWSHOT,
+        data_path=data_path,
+        tokenizer=tokenizer,
+        max_answer_tokens=9,
+        **options,
     )
     (task,) = downstream.load_task(TaskSpec.parse(spec), task_options)["tasks"].values()
     return list(task.eval_docs)
@@ -193,7 +201,11 @@ def test_plain_text_thoughts(pages: Path, wide: Path) -> None:
     }
     spec, model = TaskSpec.parse("questions/standard/cot"), ScriptedLM(completions.__getitem__)
     options = TaskOptions(
-        data_path=str(pages), tokenizer=wide, max_answer_tokens=9, cues=("", "Dial")
+        fewshot=tiny.FEWSHOT,
+        data_path=str(pages),
+        tokenizer=wide,
+        max_answer_tokens=9,
+        cues=("", "Dial"),
     )
     answers = downstream.run_task(model, spec, options)
     assert {prompt for prompt, _ in model.requests} == completions.keys()
@@ -219,7 +231,13 @@ def test_generation_settings(space: str, decoding: DecodingConfig, items: str, w
     """Greedy decoding unless a temperature is given. An answer ends at the next question; in latent
     space also where another latent would begin, but not at EoL, after which the answer comes."""
     model = ScriptedLM(lambda _: "")
-    options = TaskOptions(data_path=items, tokenizer=wide, max_answer_tokens=17, decoding=decoding)
+    options = TaskOptions(
+        fewshot=tiny.FEWSHOT,
+        data_path=items,
+        tokenizer=wide,
+        max_answer_tokens=17,
+        decoding=decoding,
+    )
     downstream.run_task(model, TaskSpec.parse(f"gsm8k/standard/{space}"), options)
     expected: dict[str, Any] = {"do_sample": False}
     if decoding.temperature:
@@ -253,6 +271,7 @@ def test_one_answer_for_each_grader_and_sample(space: str, items: str, wide: Pat
         texts = ["The answer is 2.", "I cannot tell.", "", "It is 4"]
     spec = TaskSpec.parse(f"gsm8k/synthetic/{space}")
     options = TaskOptions(
+        fewshot=tiny.FEWSHOT,
         data_path=items,
         tokenizer=wide,
         max_answer_tokens=9,
@@ -306,6 +325,7 @@ def test_accuracies_by_hand_and_by_lm_eval(items: str, wide: Path) -> None:
     ]
     spec = TaskSpec.parse("gsm8k/standard/raw")
     options = TaskOptions(
+        fewshot=tiny.FEWSHOT,
         data_path=items,
         tokenizer=wide,
         max_answer_tokens=9,
@@ -402,7 +422,9 @@ def test_a_question_that_does_not_fit(base_folder: Path, tmp_path: Path) -> None
     with the examples that fit."""
     rows = [{"question": "word " * n, "answer": "#### 1"} for n in (1, 1000)]
     data_path = upstream.write(tmp_path, "gsm8k", rows)
-    options = TaskOptions(data_path=data_path, tokenizer=base_folder, max_answer_tokens=9)
+    options = TaskOptions(
+        fewshot=tiny.FEWSHOT, data_path=data_path, tokenizer=base_folder, max_answer_tokens=9
+    )
     model = ScriptedLM(lambda prompt: "The answer is 1." if prompt else "")
     spec = TaskSpec.parse("gsm8k/standard/raw")
     short, *_, long = downstream.run_task(model, spec, options)

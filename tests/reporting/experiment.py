@@ -20,11 +20,7 @@ def model(data: str, sequence_format: str = "latent", parent: str = "base") -> d
         "corpus": "em",
         "data": data,
         "format": sequence_format,
-        "draws": "selected",
-        "mix_raw": 0.0,
         "mix_corpus": "em",
-        "budget": {"kind": "epochs", "amount": 1},
-        "train": {},
     }
 
 
@@ -46,8 +42,7 @@ def report_params(
     return {
         "corpora": {name: {} for name in CORPORA},
         "teachers": {"some": {}, "all": {}},
-        "train": load(ROOT / "params.yaml")["train"],
-        "estep": load(ROOT / "params.yaml")["estep"],
+        **{key: load(ROOT / "params.yaml")[key] for key in ("train", "model_defaults", "estep")},
         "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),
         "finetune": {"runs": dict(runs or {})},

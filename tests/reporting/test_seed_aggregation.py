@@ -12,6 +12,7 @@ from boltlm.errors import UserError
 from boltlm.reporting.seed_aggregation import (
     SEED_METRICS,
     SeedRow,
+    Seeds,
     _format_mean,
     collect_seeds,
     mean_over_seeds,
@@ -54,7 +55,7 @@ def test_experiments_are_identified_by_their_params(repository: Path) -> None:
         params = f"seed: {seed}\nk_samples: {k_samples}\n"
         add_experiment(repository, params, f"run{seed}-{k_samples}")
     rows = collect_seeds(4, ["em1"])
-    keys = [(row.model, row.k_samples, row.seed, row.metrics["elbo_per_token"]) for row in rows]
+    keys = [(row.model, row.k_samples, row.seeds.seed, *row.metrics.values()) for row in rows]
     assert keys == [
         ("em1", 4, 1, 5.0),
         ("em1", 4, 2, 6.0),
@@ -62,7 +63,7 @@ def test_experiments_are_identified_by_their_params(repository: Path) -> None:
         ("em2", 4, 1, 105.0),
         ("em2", 4, 2, 106.0),
     ]
-    assert "| em1 | 4 | 2 | 5.500 ± 6.353 | – |" in seed_table(rows)
+    assert "| em1 | 4 | 2 replicates | 5.500 ± 6.353 | – |" in seed_table(rows)
 
 
 def test_copies_of_the_repository_are_read_like_experiments(tmp_path: Path) -> None:
@@ -74,10 +75,48 @@ def test_copies_of_the_repository_are_read_like_experiments(tmp_path: Path) -> N
             json.dumps({"elbo_per_token": -float(seed)})
         )
     rows = collect_seeds(4, [], folders)
-    assert [(row.seed, row.metrics["elbo_per_token"]) for row in rows] == [(1, -1.0), (2, -2.0)]
+    assert [(row.seeds.seed, *row.metrics.values()) for row in rows] == [
+        (1, -1.0),
+        (2, -2.0),
+    ]
     (folders[1] / "params.yaml").unlink()
     with pytest.raises(UserError, match=r"run2: no params\.yaml"):
         collect_seeds(4, [], folders)
+
+
+def test_trainings_over_the_same_data_are_told_from_replicates(tmp_path: Path) -> None:
+    """Two replicates, each with three trainings of em1 (the entries differ by their seed alone)
+    over the same data: the mean over the replicates has the entry without a seed of its own. A
+    model with other data is a model of its own."""
+    entry = {"parent": "base", "data": "latents/em1"}
+    models = {
+        "em1": entry,
+        "em1_seed8": {**entry, "seed": 8},
+        "em1_seed9": {**entry, "seed": 9},
+        "em2": {**entry, "data": "latents/em2"},
+    }
+    for seed in (1, 2):
+        folder = tmp_path / f"run{seed}"
+        (folder / "metrics" / "eval").mkdir(parents=True)
+        params = {"data_seed": seed, "seed": seed, "k_samples": 4, "models": models}
+        (folder / "params.yaml").write_text(json.dumps(params))
+        for number, name in enumerate(models):
+            metrics = json.dumps({"elbo_per_token": -float(10 * seed + number)})
+            (folder / "metrics" / "eval" / f"{name}.json").write_text(metrics)
+    rows = collect_seeds(4, [], [tmp_path / "run1", tmp_path / "run2"])
+    assert {tuple(row.seeds) for row in rows if row.model == "em1"} == {
+        (seed, seed, own) for seed in (1, 2) for own in (seed, 8, 9)
+    }
+    lines = [line.split(" | ")[:4] for line in seed_table(rows).splitlines()[2:]]
+    assert lines == [
+        ["| em1", "4", "2 replicates", "-15.000 ± 63.531"],
+        ["| em1", "4", "3 trainings", "-11.000 ± 2.484"],
+        ["| em1", "4", "3 trainings", "-21.000 ± 2.484"],
+        ["| em2", "4", "2 replicates", "-18.000 ± 63.531"],
+    ]
+    assert paired_table(rows, 4, ["em1-em2"]).splitlines()[2:] == [
+        "| em1 − em2 | 2 replicates | 3.000 ± 0.000 |"
+    ]
 
 
 def test_metrics_that_an_older_commit_calls_otherwise_are_blank(repository: Path) -> None:
@@ -89,7 +128,8 @@ def test_metrics_that_an_older_commit_calls_otherwise_are_blank(repository: Path
     with (repository / "seeds.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     blank = dict.fromkeys(SEED_METRICS, "")
-    expected = {"model": "em1", "k_samples": "4", "seed": "1"}
+    seeds = dict.fromkeys(Seeds._fields, "1")
+    expected = {"model": "em1", "k_samples": "4", **seeds}
     assert row == expected | blank | {"elbo_per_token": "-1.5"}
 
 
@@ -139,7 +179,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 def rows_of(bounds: dict[tuple[str, int], float], metric: str = "elbo_per_token") -> list[SeedRow]:
     return [
-        SeedRow(model=model, seed=seed, k_samples=4, metrics={metric: value})
+        SeedRow(model=model, seeds=Seeds(seed, seed, seed), k_samples=4, metrics={metric: value})
         for (model, seed), value in bounds.items()
     ]
 
@@ -149,7 +189,7 @@ def test_differences_are_paired_by_seed() -> None:
     has is not counted. The half-width is 12.706, t of one degree of freedom, times 0.25."""
     bounds = {("em1", 1): 5.0, ("em1", 2): 9.0, ("em2", 1): 6.0, ("em2", 2): 10.5, ("em2", 3): 0.0}
     table = paired_table(rows_of(bounds), 4, ["em2-em1"])
-    assert "| em2 − em1 | 2 | 1.250 ± 3.177 |" in table
+    assert "| em2 − em1 | 2 replicates | 1.250 ± 3.177 |" in table
 
 
 def test_the_likelihood_of_a_raw_model_takes_the_place_of_its_bound() -> None:

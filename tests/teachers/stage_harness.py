@@ -169,6 +169,7 @@ class TeacherStage:
         if server is not None:
             entry["base_url"] = server.url
         self.params["teachers"] = {"t": {**entry, **changes}}
+        self.params["inputs"] = {"teacher": changes["model"]} if kind == "vllm" else {}
         return self
 
     @property
@@ -190,6 +191,7 @@ class TeacherStage:
             "chunks": self.folder / "chunks" / "em",
             "out": self.folder / "out",
             "cache": self.folder / "cache" / "responses.sqlite",
+            "prompts": tiny.TEMPLATES,
         }
 
     def run_in_process(self) -> dict[str, int | float]:
@@ -258,6 +260,7 @@ class TeacherStage:
         """All requests of the corpus in order."""
         builder = RequestBuilder(
             task=self.config.task,
+            templates=tiny.TEMPLATES,
             sampling_facts=self.config.sampling_facts,
             context_chunks=self.params["context_chunks"],
             paraphrases=self.config.paraphrases,

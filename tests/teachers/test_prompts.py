@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.records import Chunk, Document, read_table
 from boltlm.teachers.config import OpenAIChatConfig, TeacherConfig, VLLMTeacherConfig
 from boltlm.teachers.cost import Prices
-from boltlm.teachers.prompts import RequestBuilder, TeacherTask
+from boltlm.teachers.prompts import PromptTemplate, RequestBuilder, TeacherTask
+from tests import tiny
 from tests.teachers.stage_harness import COMMON_KEYS, PRICES, TeacherStage
 
 MakeStage = Callable[..., TeacherStage]
@@ -78,6 +81,55 @@ def make_config(kind: str, task: TeacherTask) -> TeacherConfig:
     )
 
 
+def write_template(folder: Path, name: str, text: str) -> Path:
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_prompts_are_read_from_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """The messages, and so the keys, are those of the templates in the folder."""
+    text = "version: 3\n--- system\nBe brief: $$1.\n--- user\nExplain ${chunk}!\n"
+    prompt = PromptTemplate.read(write_template(tmp_path, "latent", text), "latent")
+    assert prompt.messages(context="unused", chunk="$x --- y") == (
+        {"role": "system", "content": "Be brief: $1."},
+        {"role": "user", "content": "Explain $x --- y!"},
+    )
+    keys = set[str]()
+    for folder in (tmp_path, tiny.TEMPLATES):
+        builder = RequestBuilder(
+            task="latent",
+            templates=folder,
+            sampling_facts={"model": "m"},
+            context_chunks=3,
+            paraphrases=0,
+            seed=1,
+        )
+        chunk = Chunk(doc_id="d", chunk=0, text="x", tokens=(1,))
+        keys |= {request.key for request in builder.requests([], [chunk])}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("latent", None, "cannot be read"),
+        ("latent", "Explain $chunk", "must be a line 'version: <number>'"),
+        ("latent", "version: 1\n--- user\n$chunk\n--- system\nx", "must be a line 'version"),
+        ("latent", "version: 1\n--- system\nx\n--- user\n$context", r"must contain \$chunk"),
+        ("latent", "version: 1\n--- system\nx\n--- user\n$chunk $y", r"may contain \$context"),
+        ("latent", "version: 1\n--- system\nfor 5 $\n--- user\n$chunk", r"is written \$\$"),
+        ("solve", "version: 1\n--- system\nx\n--- user\n$chunk", r"must contain \$document;"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_a_user_error(
+    name: str, text: str | None, message: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        write_template(tmp_path, name, text)
+    with pytest.raises(UserError, match=rf"prompts\.teacher: .*{name}\.txt.*{message}"):
+        PromptTemplate.read(tmp_path, name)
+
+
 @pytest.mark.parametrize(("kind", "task", "keys"), SAVED_KEYS)
 def test_responses_of_earlier_versions_are_found(
     kind: str, task: TeacherTask, keys: list[str]
@@ -89,6 +141,7 @@ def test_responses_of_earlier_versions_are_found(
     document = Document(doc_id="d", text="".join(texts), source="t")
     builder = RequestBuilder(
         task=task,
+        templates=tiny.TEMPLATES,
         sampling_facts=config.sampling_facts,
         context_chunks=3,
         paraphrases=config.paraphrases,

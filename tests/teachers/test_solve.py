@@ -11,6 +11,7 @@ from boltlm.evaluation.task_spec import TaskName
 from boltlm.records import Document, Paraphrase, read_table
 from boltlm.teachers.prompts import PromptTemplate
 from boltlm.tokens import TextCoder
+from tests import tiny
 from tests.teachers.stage_harness import ServerProcess, TeacherStage
 
 
@@ -33,7 +34,7 @@ def test_every_document_gets_its_thoughts(
     rows, requests = list(read_table(stage.paths["out"], Paraphrase)), stage.requests()
     assert [(r.doc_id, r.paraphrase) for r in rows] == [(d.doc_id, i) for d, i in expected]
     assert {row.style for row in rows} == {"solve"}
-    prompt = PromptTemplate.read("solve")
+    prompt = PromptTemplate.read(tiny.TEMPLATES, "solve")
     digests = stage.digests()
     for (document, _), row, request in zip(expected, rows, requests, strict=True):
         system, user = request.messages
@@ -127,7 +128,7 @@ def test_documents_that_cannot_become_examples_are_errors(base_coder: TextCoder)
 def test_the_prompt_keeps_the_answer_out_of_the_thoughts(stage: TeacherStage) -> None:
     """A thought that repeats the closing sentence would double it, and the prompt of another task
     would retell the question."""
-    system, _ = PromptTemplate.read("solve").messages(document="x")
+    system, _ = PromptTemplate.read(tiny.TEMPLATES, "solve").messages(document="x")
     assert "without repeating its closing sentence" in system["content"]
     keys: dict[str, set[str]] = {}
     for task in ("solve", "wrap_cot", "wrap_orig"):

@@ -48,7 +48,7 @@ def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with a chat template, trained to respond with a derivation and to end it."""
     folder = tmp_path_factory.mktemp("teacher")
     pages = list(itertools.islice(generated.generate_documents(tiny.pages(), seed=3), 200))
-    prompt = PromptTemplate.read("latent")
+    prompt = PromptTemplate.read(tiny.TEMPLATES, "latent")
     dialogues = [
         f"{_rendered(prompt.messages(context='', chunk=page.text))}Thoughts:{page.thoughts[-1]}"
         for page in pages

@@ -143,8 +143,7 @@ def raw_run_params(budget: dict[str, Any], sequence_length: int, **train: Any) -
     params["train"] |= train
     params["sequences"] |= {"sequence_length": sequence_length, "layout": "document"}
     entry = {"parent": "base", "corpus": "em", "data": "split/em", "format": "raw", "train": {}}
-    entry["draws"] = "selected"
-    params["models"] = {"arm": {**entry, "mix_raw": 0, "mix_corpus": "em", "budget": budget}}
+    params["models"] = {"arm": {**entry, "mix_corpus": "em", "budget": budget}}
     return params
 
 

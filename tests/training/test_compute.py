@@ -29,10 +29,8 @@ FLOPS_PER_TOKEN = 6 * WEIGHTS + 6 * 2 * 16 * SEQUENCE_LENGTH
 
 
 def entry(parent: str, data: str, **changes: Any) -> dict[str, Any]:
-    values = {"parent": parent, "corpus": "em", "data": data, "format": "latent", "mix_raw": 0}
-    budget = {"kind": "epochs", "amount": 2}
-    values |= {"draws": "selected", "mix_corpus": "em"}
-    return {**values, "budget": budget, "train": {}, **changes}
+    values = {"parent": parent, "corpus": "em", "data": data, "mix_corpus": "em"}
+    return {**values, "budget": {"kind": "epochs", "amount": 2}, **changes}
 
 
 def raw_history(amount: int) -> dict[str, Any]:

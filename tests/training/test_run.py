@@ -88,8 +88,6 @@ def run_model(
             "corpus": "em",
             "data": "latents/em1" if latents.startswith("latents/") else "teacher/all",
             "format": sequence_format,
-            "draws": "selected",
-            "mix_raw": 0,
             "mix_corpus": "em",
             "budget": {"kind": budget[0], "amount": budget[1]},
             "train": {"learning_rate": 0.01, **(train or {})},

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from boltlm.corpus.readers import read_rows, stream_hub
+from boltlm.corpus.readers import is_file_name, read_rows, stream_hub
 from boltlm.errors import UserError
 
 BenchmarkName = Literal["gsm8k", "math", "mmlu_stem"]
 BENCHMARKS: tuple[BenchmarkName, ...] = typing.get_args(BenchmarkName)
-BENCHMARK_FILE_TYPES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 MATH_SUBJECTS = (
     "algebra",
     "counting_and_probability",
@@ -121,8 +120,9 @@ def read_benchmark(
     """The items of a benchmark in the order of its files, or of the hub's configs.
 
     `data_path`: a path or glob pattern of JSONL (also .gz) or Parquet files, or the name of a data
-    set of the hub, of which `split` is read. Subjects of MMLU outside STEM are skipped. Raises
-    UserError where a file or column is missing, two items share an id, or there is no item.
+    set of the hub, which may end in `@<revision>` and of which `split` is read. Subjects of MMLU
+    outside STEM are skipped. Raises UserError where a file or column is missing, two items share an
+    id, or there is no item.
     """
     counts: Counter[str] = Counter()
     seen: set[str] = set()
@@ -140,7 +140,7 @@ def read_benchmark(
 
 def _rows(name: BenchmarkName, data_path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with its location for error messages."""
-    if data_path.endswith(BENCHMARK_FILE_TYPES):
+    if is_file_name(data_path):
         paths = sorted(glob.glob(data_path))
         if not paths:
             raise UserError(

@@ -11,6 +11,8 @@ from pyarrow import ArrowInvalid
 
 from boltlm.errors import UserError
 
+DATA_FILE_TYPES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+
 
 def read_rows(path: str) -> Iterator[dict[str, Any]]:
     """The rows of a file: Parquet if its name ends in `.parquet`, otherwise JSONL.
@@ -56,15 +58,30 @@ def read_parquet(path: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
+def is_file_name(path: str) -> bool:
+    """Whether a path or hub name is that of a file or a glob pattern of files."""
+    return path.endswith(DATA_FILE_TYPES)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The repository and the revision in a hub name `<owner>/<name>@<revision>`."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def stream_hub(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of one split of a Hugging Face data set, downloaded as they are read.
+    """The rows of one split of a Hugging Face data set, downloaded as they are read. `name` may end
+    in `@<revision>`: a commit, tag or branch.
 
     Raises UserError naming the data set where it cannot be opened.
     """
     import datasets  # slow to import, and only data of the hub need it
 
+    repository, revision = split_revision(name)
     try:
-        for row in datasets.load_dataset(name, config, split=split, streaming=True):
+        for row in datasets.load_dataset(
+            repository, config, split=split, revision=revision, streaming=True
+        ):
             yield dict(row)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 from boltlm.corpus.chunks import split_sentences
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
-from boltlm.corpus.readers import read_jsonl, read_rows, stream_hub
+from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, stream_hub
 from boltlm.errors import UserError
 from boltlm.records import Document, Question
 from boltlm.seeds import uniform
 
-GSM8K_HUB = "openai/gsm8k"
 GSM8K_STEM = "The answer is"
 
 
@@ -60,7 +59,8 @@ class FilesSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HubSource:
-    """A data set of the Hugging Face hub, streamed. `shuffle_buffer` as in `FilesSource`."""
+    """A data set of the Hugging Face hub, streamed; `name` may end in `@<revision>`.
+    `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["hub"]
     name: str
@@ -73,16 +73,23 @@ class HubSource:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GSM8KSource:
     """GSM8K: the question and the final answer are the text, the human-written derivation is the
-    latent. `path`: the authors' JSONL (also .gz), or null for the hub. `shuffle_buffer` as in
-    `FilesSource`."""
+    latent. `path`: the authors' JSONL (also .gz), or the data set's name on the hub, which may end
+    in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["gsm8k"]
-    path: str | None
+    path: str
     split: Literal["train", "test"]
     shuffle_buffer: int
 
 
 CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource
+
+
+def local_path(config: CorpusSource) -> str | None:
+    """The path or glob pattern of the local files that a source reads, if it reads any."""
+    if isinstance(config, GSM8KSource):
+        return config.path if is_file_name(config.path) else None
+    return config.path if isinstance(config, FilesSource) else None
 
 
 def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
@@ -215,10 +222,12 @@ def _sentence_thoughts(
 
 
 def _gsm8k_rows(config: GSM8KSource) -> Iterator[tuple[int, dict[str, Any]]]:
-    if config.path is None:
-        return enumerate(stream_hub(GSM8K_HUB, "main", config.split))
+    if not is_file_name(config.path):
+        return enumerate(stream_hub(config.path, "main", config.split))
     if not Path(config.path).is_file():
-        raise UserError(f"corpus path '{config.path}': no such file; give GSM8K's JSONL, or null")
+        raise UserError(
+            f"corpus path '{config.path}': no such file; give GSM8K's JSONL, or openai/gsm8k"
+        )
     return enumerate(read_jsonl(config.path))
 
 

@@ -17,6 +17,8 @@ from boltlm.corpus.benchmarks import BenchmarkName, read_benchmark
 from boltlm.corpus.chunks import Chunker, ChunkingConfig, LossyTextError
 from boltlm.corpus.contamination import Contamination
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, open_source, take_documents
+from boltlm.corpus.inputs import require_input
+from boltlm.corpus.readers import is_file_name
 from boltlm.corpus.sources import CorpusSource
 from boltlm.errors import UserError
 from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
@@ -46,7 +48,8 @@ class SplitConfig:
 class SplitSettings:
     """What the stage `split` reads of params.yaml."""
 
-    seed: NonNegativeInt
+    data_seed: NonNegativeInt
+    inputs: Mapping[str, str]
     corpora: Mapping[str, CorpusEntry]
     questions: QuestionsConfig
     benchmarks: Mapping[BenchmarkName, str]
@@ -59,6 +62,17 @@ class SplitSettings:
     )
 
     def __post_init__(self) -> None:
+        sources_by_key = {f"corpora.{name}": entry.source for name, entry in self.corpora.items()}
+        for key, source in {**sources_by_key, "questions": self.questions.source}.items():
+            if (path := sources.local_path(source)) is not None:
+                require_input(f"{key}.source.path", path, self.inputs)
+        for benchmark, path in self.benchmarks.items():
+            if is_file_name(path):
+                require_input(f"benchmarks.{benchmark}", path, self.inputs)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Raises UserError where the stage `base` would read what another corpus takes."""
         if BASE_CORPUS not in self.corpora:
             return
         source = self.corpora[BASE_CORPUS].source
@@ -83,7 +97,7 @@ def stream_corpora(
         members.setdefault(entry.source, []).append(name)
     for source, sharing in members.items():
         last = max((i for i, name in enumerate(sharing) if name in names), default=-1)
-        stream = open_source(source, settings.seed)
+        stream = open_source(source, settings.data_seed)
         skipped = 0
         for name in sharing[: last + 1]:
             size = settings.corpora[name].documents
@@ -100,7 +114,7 @@ def heldout_questions(settings: SplitSettings) -> list[Question]:
     config = settings.questions
     if config.count == 0:
         return []
-    questions = sources.read_questions(config.source, settings.seed)
+    questions = sources.read_questions(config.source, settings.data_seed)
     return list(itertools.islice(questions, config.count))
 
 

@@ -9,7 +9,7 @@ from boltlm.errors import UserError
 from boltlm.estep.config import DrawSettings
 from boltlm.evaluation.task_spec import Backend, TaskSpec, require_benchmark
 from boltlm.params import EntryName, PositiveInt, from_key
-from boltlm.sequences.layouts import SequenceFormat
+from boltlm.training.config import CompletedModelEntry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +87,9 @@ class BaseEvaluateSettings(DrawSettings):
 class EvaluateSettings(BaseEvaluateSettings):
     """Settings of the stage `evaluate` for the model `name`, an entry of `models`."""
 
-    format: SequenceFormat = from_key("models.{name}.format")
+    model: CompletedModelEntry = from_key("models.{name}")
 
     @property
     def has_latents(self) -> bool:
         """Whether the model was trained to write latents."""
-        return self.format == "latent"
+        return self.model.format == "latent"

@@ -111,7 +111,8 @@ class TaskOptions:
     `data_path` is a file, a folder of questions or a hub name, and `split` that of the hub's data
     set. `tokenizer` is the model's folder, `max_answer_tokens` the length limit of a completion.
     `no_latent`, `zero_shot` and `cues` are described at `load_docs`; `limit` restricts the task to
-    its first questions (None: all).
+    its first questions (None: all). `fewshot` is the file of the synthetic examples, which
+    zero-shot prompts do without.
     """
 
     data_path: str
@@ -123,6 +124,7 @@ class TaskOptions:
     zero_shot: bool = False
     cues: tuple[str, ...] = ("",)
     limit: int | None = None
+    fewshot: Path | None = None
 
 
 def run_task(model: Any, spec: TaskSpec, options: TaskOptions) -> list[TaskAnswer]:
@@ -143,6 +145,7 @@ def load_task(spec: TaskSpec, options: TaskOptions) -> Any:
         "prompts": spec.prompts,
         "space": spec.space,
         "data_path": options.data_path,
+        "fewshot_path": str(options.fewshot or ""),
         "split": options.split,
         "model_folder": str(options.tokenizer),
         "max_answer_tokens": options.max_answer_tokens,

@@ -2,7 +2,8 @@
 window (docs/method.md, 6.1 and 6.2).
 
 The prompt set `standard` (Minerva, Wei et al., FLAN) is read from the installed lm-eval; the
-examples of the set `synthetic` belong to this project (`fewshot.yaml`). In raw space a standard
+examples of the set `synthetic` are read from the file that `prompts.fewshot` of params.yaml names;
+this project's own are in `fewshot.yaml`. In raw space a standard
 prompt is that of lm-eval, character by character. In latent space an example has the form
 `question SoL Prior thought EoL answer`, with a space before the answer as in training text.
 """
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +26,7 @@ from boltlm.tokens import EOL, PRIOR, SOL, SPECIAL_TOKENS, TextCoder
 
 LATENT_START = SOL + PRIOR
 EMPTY_LATENT = SOL + EOL  # tells a model that no latent follows
+_EXAMPLE_KEYS = ("question", "thought", "answer")
 COT_CUE = "Let's think step by step."
 # The FLAN examples in lm-eval lost backslashes: \f and \r became control characters or line breaks.
 BACKSLASH_REPAIRS = (
@@ -87,10 +91,10 @@ class FewShotExample:
 
 
 def fewshot_examples(
-    task: TaskName, prompts: PromptSet, subject: str
+    task: TaskName, prompts: PromptSet, subject: str, synthetic: Path
 ) -> tuple[str, tuple[FewShotExample, ...]]:
     """The description that a prompt begins with, and its examples; both are empty for the task
-    `questions`.
+    `questions`. `synthetic`: the file of the prompt set of that name.
 
     Raises UserError where there are no such examples.
     """
@@ -99,20 +103,26 @@ def fewshot_examples(
     if task == "questions":
         return "", ()
     if prompts == "synthetic":
-        return "", _synthetic_examples(task)
+        return "", _synthetic_examples(task, synthetic)
     description, examples = _standard_examples(task, subject)
     return description, examples[: PROMPT_FORMS[task].num_shots]
 
 
 @cache
-def _synthetic_examples(task: TaskName) -> tuple[FewShotExample, ...]:
-    text = resources.files("boltlm.evaluation").joinpath("fewshot.yaml").read_text("utf-8")
+def _synthetic_examples(task: TaskName, path: Path) -> tuple[FewShotExample, ...]:
     form = PROMPT_FORMS[task]
     cue = f"{form.cot_cue} " if form.cot_cue else ""
-    return tuple(
-        FewShotExample(example["question"], f"{cue}{example['thought']} {example['answer']}")
-        for example in yaml.safe_load(text)[task]
-    )
+    try:
+        examples = yaml.safe_load(path.read_text("utf-8"))[task]
+        return tuple(
+            FewShotExample(str(question), f"{cue}{thought} {answer}")
+            for question, thought, answer in map(itemgetter(*_EXAMPLE_KEYS), examples)
+        )
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"prompts.fewshot: {path} must map {task} to a list of examples, each with the keys"
+            f" {', '.join(_EXAMPLE_KEYS)}: {error!r}"
+        ) from error
 
 
 @cache

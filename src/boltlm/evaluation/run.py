@@ -42,12 +42,13 @@ RAW_TABLE, LATENT_TABLE, LARGE_K_TABLE, ANSWER_TABLE = "raw", "likelihood", "lar
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPaths:
-    """The model's folder, the splits and the chunks of all corpora, the folder of unfinished work,
-    and the output folder of the tables."""
+    """The model's folder, the splits and the chunks of all corpora, the file of the synthetic
+    few-shot examples, the folder of unfinished work, and the output folder of the tables."""
 
     model: Path
     split: Path
     chunks: Path
+    fewshot: Path
     work: Path
     out: Path
 
@@ -63,9 +64,7 @@ def evaluate_model(settings: BaseEvaluateSettings, paths: EvaluationPaths) -> di
     weights = checkpoint.final_weights(paths.model)
     model_digest = hash_path(weights)
     config, label = settings.evaluate, f"evaluate {settings.name}"
-    tasks = [
-        (spec, _task_options(settings, spec, weights, paths.split)) for spec in settings.task_specs
-    ]
+    tasks = [(spec, _task_options(settings, spec, weights, paths)) for spec in settings.task_specs]
     metrics: dict[str, float] = {}
     for corpus in (config.corpus, *config.extra_corpora):
         corpus_metrics = _evaluate_corpus(settings, corpus, paths, model_digest, label)
@@ -93,16 +92,17 @@ def evaluate_model(settings: BaseEvaluateSettings, paths: EvaluationPaths) -> di
 
 
 def _task_options(
-    settings: BaseEvaluateSettings, spec: TaskSpec, weights: Path, split: Path
+    settings: BaseEvaluateSettings, spec: TaskSpec, weights: Path, paths: EvaluationPaths
 ) -> TaskOptions:
     """How a task is run. The corpus's own questions need no thought in raw space: the answer is the
     next sentence, and a model with latents is told by SoL EoL that no latent comes before it."""
     config = settings.evaluate
     # Fails before any work is done where the installed lm-eval lacks the few-shot examples.
-    fewshot.fewshot_examples(spec.task, spec.prompts, STEM_SUBJECTS[0])
+    fewshot.fewshot_examples(spec.task, spec.prompts, STEM_SUBJECTS[0], paths.fewshot)
     thoughtless = spec.task == "questions" and spec.space == "raw"
     return TaskOptions(
-        data_path=task_data(spec, settings.benchmarks, split),
+        data_path=task_data(spec, settings.benchmarks, paths.split),
+        fewshot=paths.fewshot,
         tokenizer=weights,
         max_answer_tokens=config.max_answer_tokens
         + (0 if thoughtless else config.max_thought_tokens),

@@ -8,7 +8,7 @@ from boltlm.errors import UserError
 from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
 from boltlm.params import from_key
-from boltlm.training.config import ModelEntry
+from boltlm.training.config import CompletedModelEntry
 
 Role = Literal["base", "iteration", "frozen", "teacher", "raw", "other"]
 # The model of the stage `base`, from which all others descend. It is no entry of `models`.
@@ -20,7 +20,7 @@ class ReportSettings:
     """The entries of params.yaml whose results are reported."""
 
     latents: Mapping[str, LatentsEntry]
-    models: Mapping[str, ModelEntry]
+    models: Mapping[str, CompletedModelEntry]
     finetune_runs: Mapping[str, FinetuneRun] = from_key("finetune.runs")
 
 

@@ -3,6 +3,10 @@
 An experiment is identified by the params.yaml of its own commit, not by its name. Experiments whose
 `k_samples` differs from the workspace's contribute only the models that were asked for, because all
 other models in them are copies of those with the default K.
+
+Entries of `models` that differ by their `seed` alone are further trainings of the first of them.
+What a mean is taken over is told apart: full replicates differ by `data_seed`, others by `seed`
+over the same data, trainings by the seed of the model alone (docs/method.md, 6.5).
 """
 
 import csv
@@ -52,39 +56,50 @@ def mean_over_seeds(values: Sequence[float]) -> SeedMean:
     return SeedMean(statistics.mean(values), error, float(stdtrit(count - 1, 0.975)) * error)
 
 
+class Seeds(NamedTuple):
+    """The seeds of the data, of the experiment (sampling), and of the model's training."""
+
+    data_seed: int
+    seed: int
+    train_seed: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedRow:
-    """The metrics of one model in one experiment; those that it does not have are absent."""
+    """The metrics of one model in one experiment; those that it does not have are absent.
+    `model`: the first of the entries that differ by their seed alone."""
 
     model: str
     k_samples: int
-    seed: int
+    seeds: Seeds
     metrics: Mapping[str, float]
 
 
 def collect_seeds(
     default_k: int, of_other_k: Sequence[str], folders: Sequence[Path] = ()
 ) -> list[SeedRow]:
-    """One row for each model, K and seed, from every experiment of this repository, or from copies
+    """One row for each model, K and seeds, from every experiment of this repository, or from copies
     of the repository in `folders`, sorted. Of experiments with a K other than `default_k`, only
     the models `of_other_k` are taken.
 
     Raises UserError if git fails, if there are no experiments, or if the params of one have no seed
     or k_samples.
     """
-    rows: dict[tuple[str, int, int], SeedRow] = {}
+    rows: dict[tuple[str, int, Seeds], SeedRow] = {}
     for name, params, metrics in map(_read_folder, folders) if folders else _experiments():
         k_samples, seed = _integer(params, "k_samples", name), _integer(params, "seed", name)
-        for model, values in metrics.items():
+        for entry, values in metrics.items():
+            model, seeds = _trained_model(params, entry, seed)
             if k_samples == default_k or model in of_other_k:
-                if folders and (model, k_samples, seed) in rows:
+                if folders and (model, k_samples, seeds) in rows:
                     raise UserError(
-                        f"{name}: another folder has the same seed ({seed}) and K ({k_samples})"
+                        f"{name}: another folder has {model} with the same seeds"
+                        f" {tuple(seeds)} and K ({k_samples})"
                     )
-                rows[model, k_samples, seed] = SeedRow(
+                rows[model, k_samples, seeds] = SeedRow(
                     model=model,
                     k_samples=k_samples,
-                    seed=seed,
+                    seeds=seeds,
                     metrics={
                         metric: values[metric]
                         for metric in SEED_METRICS
@@ -95,17 +110,17 @@ def collect_seeds(
 
 
 def seed_table(rows: Sequence[SeedRow]) -> str:
-    """A Markdown table with one line for each model and K; the cells are INTERVAL_NOTE."""
-    groups: dict[tuple[str, int], list[SeedRow]] = defaultdict(list)
-    for row in rows:
-        groups[row.model, row.k_samples].append(row)
-    lines = [["model", "K", "seeds", *SEED_METRICS], ["---"] * (3 + len(SEED_METRICS))]
-    for (model, k_samples), group in groups.items():
-        cells = [
-            _format_mean([row.metrics[metric] for row in group if metric in row.metrics])
-            for metric in SEED_METRICS
-        ]
-        lines.append([model, str(k_samples), str(len(group)), *cells])
+    """A Markdown table with one line for each model, K and kind of seeds; the cells are
+    INTERVAL_NOTE."""
+    lines = [["model", "K", "n", *SEED_METRICS], ["---"] * (3 + len(SEED_METRICS))]
+    for model, k_samples in dict.fromkeys((row.model, row.k_samples) for row in rows):
+        same = {row.seeds: row for row in rows if (row.model, row.k_samples) == (model, k_samples)}
+        for what, group in _seed_groups(list(same)):
+            cells = [
+                _format_mean([same[s].metrics[m] for s in group if m in same[s].metrics])
+                for m in SEED_METRICS
+            ]
+            lines.append([model, str(k_samples), what, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -117,12 +132,12 @@ def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) 
     Raises UserError if a pair does not name two models that have such a value.
     """
     bounds = {
-        (row.model, row.seed): bound
+        (row.model, row.seeds): bound
         for row in rows
         if row.k_samples == default_k and (bound := _bound(row)) is not None
     }
     models = dict.fromkeys(model for model, _ in bounds)
-    lines = [["difference", "seeds", "elbo_per_token"], ["---"] * 3]
+    lines = [["difference", "n", "elbo_per_token"], ["---"] * 3]
     for pair in pairs:
         model, _, reference = pair.partition("-")
         if model not in models or reference not in models:
@@ -130,20 +145,36 @@ def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) 
                 f"a pair must be <model>-<reference>, each one of {', '.join(models) or 'none'};"
                 f" found '{pair}'"
             )
-        seeds = [seed for name, seed in bounds if name == model and (reference, seed) in bounds]
-        differences = [bounds[model, seed] - bounds[reference, seed] for seed in seeds]
-        lines.append([f"{model} − {reference}", str(len(seeds)), _format_mean(differences)])
+        shared = [seeds for name, seeds in bounds if name == model and (reference, seeds) in bounds]
+        for what, group in _seed_groups(shared) or [("0", [])]:
+            differences = [bounds[model, seeds] - bounds[reference, seeds] for seeds in group]
+            lines.append([f"{model} − {reference}", what, _format_mean(differences)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_seed_csv(path: Path, rows: Sequence[SeedRow]) -> None:
     """Write the rows as CSV; metrics that a model does not have are blank."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "k_samples", "seed", *SEED_METRICS])
+        writer = csv.DictWriter(file, ["model", "k_samples", *Seeds._fields, *SEED_METRICS])
         writer.writeheader()
         for row in rows:
-            key = {"model": row.model, "k_samples": row.k_samples, "seed": row.seed}
+            key = {"model": row.model, "k_samples": row.k_samples, **row.seeds._asdict()}
             writer.writerow({**key, **row.metrics})
+
+
+def _seed_groups(seeds: Sequence[Seeds]) -> list[tuple[str, list[Seeds]]]:
+    """What means are taken over, each with its size and kind: `10 replicates` are runs whose model
+    has the seed of its experiment, `5 trainings` those of one experiment with seeds of their own.
+    A single run is shown only where there are no trainings."""
+    trainings: dict[tuple[int, int], list[Seeds]] = defaultdict(list)
+    for item in seeds:
+        trainings[item.data_seed, item.seed].append(item)
+    groups = [(f"{len(g)} trainings", g) for g in trainings.values() if len(g) > 1]
+    runs = [item for item in seeds if item.train_seed == item.seed]
+    if len(runs) > 1:
+        is_replicated = len({item.data_seed for item in runs}) == len(runs)
+        groups.insert(0, (f"{len(runs)} {'replicates' if is_replicated else 'seeds'}", runs))
+    return groups or [("1", list(seeds))] if seeds else []
 
 
 class _Experiment(NamedTuple):
@@ -177,6 +208,23 @@ def _read_folder(folder: Path) -> _Experiment:
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     metrics = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     return _Experiment(str(folder), params, metrics)
+
+
+def _trained_model(params: Any, name: str, seed: int) -> tuple[str, Seeds]:
+    """The first entry of `models` that differs from the entry `name` by its seed alone, and the
+    seeds of this one. `seed`: of the experiment; where there is no `data_seed` it is that, too."""
+    data_seed = params.get("data_seed", seed)
+    models = params.get("models") or {}
+    if name not in models:
+        return name, Seeds(data_seed, seed, seed)
+    entry = _without_seed(models[name])
+    first = next(other for other in models if _without_seed(models[other]) == entry)
+    own = models[name].get("seed", params.get("model_defaults", {}).get("seed"))
+    return first, Seeds(data_seed, seed, seed if own is None else own)
+
+
+def _without_seed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "seed"}
 
 
 def _integer(params: Any, key: str, name: str) -> int:

@@ -3,10 +3,13 @@
 This module imports neither the OpenAI client nor vLLM.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from boltlm.corpus.inputs import require_input
+from boltlm.corpus.readers import split_revision
 from boltlm.errors import UserError
 from boltlm.fingerprint import hash_path
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key, require_positive
@@ -155,7 +158,7 @@ class OpenAIBatchConfig(APITeacherConfig):
 class VLLMTeacherConfig(TeacherConfig):
     """`kind: vllm`: an open-weights model with a chat template, run by vLLM inside the stage.
 
-    model: a hub name or a path.
+    model: a hub name, which may end in `@<revision>`, or a path.
     context_length: tokens of prompt and response together.
     gpu_memory_utilization: fraction of the GPU's memory for vLLM.
     request_batch_size: requests that vLLM processes together; if the process is killed, the
@@ -166,6 +169,11 @@ class VLLMTeacherConfig(TeacherConfig):
     context_length: PositiveInt
     gpu_memory_utilization: float
     request_batch_size: PositiveInt
+
+    @property
+    def repository(self) -> tuple[str, str | None]:
+        """The model's path or hub name, and its revision."""
+        return (self.model, None) if Path(self.model).exists() else split_revision(self.model)
 
     @property
     def sampling_facts(self) -> dict[str, str | int | float]:
@@ -189,6 +197,11 @@ class TeacherSettings:
     """
 
     name: str
+    inputs: Mapping[str, str]
     teacher: AnyTeacher = from_key("teachers.{name}")
     context_chunks: NonNegativeInt
     max_latent_tokens: PositiveInt
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, VLLMTeacherConfig) and Path(self.teacher.model).exists():
+            require_input(f"teachers.{self.name}.model", self.teacher.model, self.inputs)

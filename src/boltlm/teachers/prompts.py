@@ -1,21 +1,23 @@
 """The requests that a teacher receives: prompt templates, filled in for chunks or documents.
 
-The templates are the text files in `templates/`. Each begins with a version number, which is part
-of every request's key.
+The templates are text files in the folder that `prompts.teacher` of params.yaml names; this
+project's own are in `templates/`. Each begins with a version number, which is part of every
+request's key.
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
 
+from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.records import Chunk, Document
 from boltlm.seeds import uniform
 
-TEMPLATE_DIR = Path(__file__).parent / "templates"
 PARAPHRASE_STYLES = ("simple", "scholarly", "encyclopedia", "questions")
 
 # latent: a latent for each chunk. The other tasks write `paraphrases` texts for each document:
@@ -25,6 +27,9 @@ TeacherTask = Literal["latent", "wrap_orig", "wrap_cot", "solve"]
 # The style recorded for the paraphrases of a task that has a single prompt.
 SINGLE_PROMPT_STYLE = {"wrap_cot": "cot", "solve": "solve"}
 Message = Mapping[str, str]
+_TEMPLATE = re.compile(
+    r"version: *(?P<version>\d+)\n--- system\n(?P<system>.*)\n--- user\n(?P<user>.*)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +42,30 @@ class PromptTemplate:
     user: Template
 
     @classmethod
-    def read(cls, name: str) -> "PromptTemplate":
-        """Read the template `name` from TEMPLATE_DIR."""
-        text = (TEMPLATE_DIR / f"{name}.txt").read_text(encoding="utf-8")
-        header, system, user = text.split("---")
-        return cls(
-            name,
-            int(header.removeprefix("version:")),
-            Template(system.removeprefix(" system\n").strip()),
-            Template(user.removeprefix(" user\n").strip()),
-        )
+    def read(cls, folder: Path, name: str) -> "PromptTemplate":
+        """Read `<name>.txt` of a folder of templates. Raises UserError where it is missing, is not
+        a template, or lacks a field of its task."""
+        path = folder / f"{name}.txt"
+        try:
+            match = _TEMPLATE.fullmatch(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts.teacher: {path} cannot be read: {error}") from error
+        if match is None:
+            raise UserError(
+                f"prompts.teacher: {path} must be a line 'version: <number>', a line '--- system',"
+                " the system message, a line '--- user', and the user message"
+            )
+        system, user = Template(match["system"].strip()), Template(match["user"].strip())
+        text, others = ("chunk", {"context"}) if name == "latent" else ("document", set[str]())
+        fields = {*system.get_identifiers(), *user.get_identifiers()}
+        if not (system.is_valid() and user.is_valid() and {text} <= fields <= {text, *others}):
+            known = ", ".join(f"${field}" for field in sorted(others))
+            raise UserError(
+                f"prompts.teacher: {path} must contain ${text}"
+                + (f" and may contain {known}" if known else "")
+                + "; a dollar sign that begins no field is written $$"
+            )
+        return cls(name, int(match["version"]), system, user)
 
     def messages(self, **texts: str) -> tuple[Message, ...]:
         """The system and the user message, with `texts` substituted for the template's fields."""
@@ -82,6 +101,7 @@ class TeacherRequest:
 class RequestBuilder:
     """Builds the requests of one teacher.
 
+    `templates`: the folder of the prompt templates.
     `sampling_facts`: the model and its sampling settings, JSON-ready, as part of each key.
     `context_chunks`: number of chunks before a chunk that the prompt shows as its context.
     `paraphrases`: number of requests for each document, for all tasks but `latent`.
@@ -90,6 +110,7 @@ class RequestBuilder:
     """
 
     task: TeacherTask
+    templates: Path
     sampling_facts: Mapping[str, str | int | float]
     context_chunks: int
     paraphrases: int
@@ -104,7 +125,7 @@ class RequestBuilder:
         return self._paraphrase_requests(documents)
 
     def _latent_requests(self, chunks: Sequence[Chunk]) -> Iterator[TeacherRequest]:
-        prompt = PromptTemplate.read("latent")
+        prompt = PromptTemplate.read(self.templates, "latent")
         for doc_id, group in itertools.groupby(chunks, lambda chunk: chunk.doc_id):
             document_chunks = list(group)
             for index, chunk in enumerate(document_chunks):
@@ -128,8 +149,11 @@ class RequestBuilder:
     def _paraphrase_prompts(self) -> dict[str, PromptTemplate]:
         """The task's prompts by style."""
         if self.task == "wrap_orig":
-            return {style: PromptTemplate.read(f"wrap_orig.{style}") for style in PARAPHRASE_STYLES}
-        return {SINGLE_PROMPT_STYLE[self.task]: PromptTemplate.read(self.task)}
+            return {
+                style: PromptTemplate.read(self.templates, f"wrap_orig.{style}")
+                for style in PARAPHRASE_STYLES
+            }
+        return {SINGLE_PROMPT_STYLE[self.task]: PromptTemplate.read(self.templates, self.task)}
 
     def _key(self, prompt: PromptTemplate, messages: tuple[Message, ...], *, draw: int) -> str:
         # Responses that were paid for are found by this key: its facts must never change.

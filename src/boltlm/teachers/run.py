@@ -25,19 +25,21 @@ def run_teacher(
     chunks: Path,
     out: Path,
     cache: Path,
+    prompts: Path,
 ) -> dict[str, int | float]:
     """Write a table of TeacherLatent or Paraphrase to `out`, shard by shard, and return the
     metrics: counts of rows, of dropped rows by reason, and of tokens and cost.
 
     `split`, `chunks`: the folders of the corpus's documents and chunks. `cache`: the file of the
-    response cache, which `kind: dataset` does not use. Raises UserError when there is no latent
-    at all, or when too many requests have no usable response.
+    response cache, `prompts`: the folder of the templates; `kind: dataset` uses neither. Raises
+    UserError when there is no latent at all, or when too many requests have no usable response.
     """
     teacher, key = settings.teacher, f"teachers.{settings.name}"
     if isinstance(teacher, DatasetTeacherConfig):
         return _write_reference_latents(settings, encoder, split=split, chunks=chunks, out=out)
     builder = RequestBuilder(
         task=teacher.task,
+        templates=prompts,
         sampling_facts=teacher.sampling_facts,
         context_chunks=settings.context_chunks,
         paraphrases=teacher.paraphrases,

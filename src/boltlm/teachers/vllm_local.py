@@ -7,12 +7,13 @@ from typing import Any
 
 from boltlm.errors import UserError
 from boltlm.teachers.config import VLLMTeacherConfig
-from boltlm.teachers.prompts import PromptTemplate
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 from boltlm.teachers.response_cache import TeacherResponse
 
 # Size of vLLM's key-value cache on a CPU unless the environment sets it.
 TEACHER_CPU_CACHE_GIB = "4"
+# Messages as a request has them, with which the chat template is tried.
+EXAMPLE_MESSAGES = [{"role": role, "content": "Reply briefly."} for role in ("system", "user")]
 
 
 class VLLMClient:
@@ -51,15 +52,15 @@ class VLLMClient:
         from transformers import AutoTokenizer
 
         name = self.config.model
+        path, revision = self.config.repository
+        arguments = {"revision": revision} if revision else {}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
             if not getattr(self.tokenizer, "chat_template", None):
                 raise UserError(
                     f"teacher model '{name}' has no chat template; use an instruction-tuned model"
                 )
-            self.tokenizer.apply_chat_template(
-                PromptTemplate.read("latent").messages(context="", chunk="")
-            )
+            self.tokenizer.apply_chat_template(EXAMPLE_MESSAGES)
             self.engine = self._start_engine()
         except UserError:
             raise
@@ -79,8 +80,11 @@ class VLLMClient:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
+        path, revision = self.config.repository
         return LLM(
-            self.config.model,
+            path,
+            revision=revision,
+            tokenizer_revision=revision,
             max_model_len=self.config.context_length,
             gpu_memory_utilization=self.config.gpu_memory_utilization,
             enforce_eager=not _has_gpu(),

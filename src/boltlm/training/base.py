@@ -1,13 +1,15 @@
 """The stage `base`: pretrains a small Llama or takes a checkpoint, and adds the special tokens."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from boltlm import checkpoint
 from boltlm.corpus.chunks import is_encodable
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, corpus_documents
+from boltlm.corpus.inputs import require_input
+from boltlm.corpus.sources import local_path
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.params import NonNegativeInt, from_key
 from boltlm.records import Document
@@ -26,9 +28,19 @@ from boltlm.training.tokenizer import train_tokenizer
 class BaseSettings:
     """Everything that the stage `base` reads from params.yaml."""
 
-    seed: NonNegativeInt
+    data_seed: NonNegativeInt
+    inputs: Mapping[str, str]
     corpus: CorpusEntry = from_key("corpora.base")
     base: PretrainConfig | CheckpointConfig
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, CheckpointConfig):
+            path = self.base.model if Path(self.base.model).exists() else None
+            key = "base.model"
+        else:
+            key, path = "corpora.base.source.path", local_path(self.corpus.source)
+        if path is not None:
+            require_input(key, path, self.inputs)
 
 
 def run_base(
@@ -41,7 +53,7 @@ def run_base(
     checkpoint cannot be used, the corpus is too small, or the loss diverges.
     """
     if isinstance(settings.base, CheckpointConfig):
-        _extend_checkpoint(settings.base, settings.seed, out, csv_path)
+        _extend_checkpoint(settings.base, settings.data_seed, out, csv_path)
     else:
         _pretrain(settings, settings.base, work, out, csv_path, timing_path)
 
@@ -66,12 +78,12 @@ def _pretrain(
     """Train a tokenizer and a new Llama on the raw documents of the corpus `base`."""
     documents = [
         document
-        for document in corpus_documents(settings.corpus, settings.seed, BASE_CORPUS)
+        for document in corpus_documents(settings.corpus, settings.data_seed, BASE_CORPUS)
         if document.text and is_encodable(document.text)
     ]
     tokenizer = train_tokenizer((document.text for document in documents), config.vocab_size)
-    model = create_model(config, tokenizer, settings.seed)
-    add_special_tokens(model, tokenizer, settings.seed)
+    model = create_model(config, tokenizer, settings.data_seed)
+    add_special_tokens(model, tokenizer, settings.data_seed)
     tokenizer.save_pretrained(out)
     checkpoint.save_model(model, out, out, {})
     facts = {
@@ -80,13 +92,13 @@ def _pretrain(
         "train": config.train.result_settings(),
         "epochs": config.epochs,
         "sequence_length": config.sequence_length,
-        "seed": settings.seed,
+        "seed": settings.data_seed,
         "code": hash_code("boltlm.training.base"),
     }
     job = TrainingJob(
         what="train base",
         config=config.train,
-        seed=settings.seed,
+        seed=settings.data_seed,
         sequence_length=config.sequence_length,
         work=work / "train" / fingerprint(facts),
         tokenizer=out,
@@ -98,7 +110,7 @@ def _pretrain(
     )
     train_and_publish(
         job,
-        pack=lambda folder: _pack(config, settings.seed, documents, TextCoder(out), folder),
+        pack=lambda folder: _pack(config, settings.data_seed, documents, TextCoder(out), folder),
         load_model=lambda: model,
     )
 

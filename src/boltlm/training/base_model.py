@@ -1,5 +1,6 @@
 """The base model before training: a new Llama or a checkpoint, extended by the special tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from boltlm.corpus.readers import split_revision
 from boltlm.errors import UserError
 from boltlm.tokens import SPECIAL_TOKENS
 from boltlm.training.config import PretrainConfig
@@ -44,14 +46,17 @@ def create_model(
 
 
 def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer by path or hub name. The tokenizer no longer adds a leading space.
+    """Model and tokenizer by path or hub name, which may end in `@<revision>`. The tokenizer no
+    longer adds a leading space.
 
     Raises UserError where they cannot be loaded or the tokenizer is not a fast one.
     """
     logging.disable_progress_bar()
+    path, revision = (name, None) if Path(name).exists() else split_revision(name)
+    arguments = {"revision": revision} if revision else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **arguments)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base.model '{name}' cannot be loaded: {reason}") from error

@@ -112,14 +112,15 @@ class TrainingBudget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelEntry:
-    """An entry `models.<name>` of params.yaml.
+    """An entry `models.<name>` of params.yaml, completed from the section `model_defaults`.
 
     `parent`: the model whose weights the run starts from; `data`: the folder under `data/` with
     the latents or the paraphrases (a raw run names its documents, or the latents whose number of
     tokens it matches); `draws`: which of the K latents drawn for a chunk it is trained on: the
     selected one, one that is chosen afresh by its weight in every epoch, or all, by their weights
     (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens that are raw documents of
-    `mix_corpus`; `train`: changes to the section `train`.
+    `mix_corpus`; `seed`: of this training alone, null for the key `seed` of params.yaml; `train`:
+    changes to the section `train`.
     """
 
     parent: Annotated[str, EntryName("models", "base")]
@@ -130,6 +131,7 @@ class ModelEntry:
     mix_raw: float
     mix_corpus: Annotated[str, EntryName("corpora")]
     budget: TrainingBudget
+    seed: NonNegativeInt | None
     train: Annotated[TrainConfig, Overlay("train")]
 
     def __post_init__(self) -> None:
@@ -162,6 +164,10 @@ class ModelEntry:
             )
 
 
+# The keys that an entry does not have are those of the section `model_defaults`.
+CompletedModelEntry = Annotated[ModelEntry, Overlay("model_defaults")]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSettings:
     """Everything that the stage `train` reads from params.yaml for the model `name`."""
@@ -171,7 +177,12 @@ class TrainSettings:
     context_chunks: NonNegativeInt
     max_latent_tokens: PositiveInt
     sequences: SequenceConfig
-    model: ModelEntry = from_key("models.{name}")
+    model: CompletedModelEntry = from_key("models.{name}")
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of the model's entry, or else that of the experiment."""
+        return self.seed if self.model.seed is None else self.model.seed
 
     def __post_init__(self) -> None:
         if self.model.draws == "weighted" and self.sequences.layout != "chunk":

@@ -107,7 +107,7 @@ def _training_job(
     return TrainingJob(
         what=f"train {settings.name}",
         config=config,
-        seed=settings.seed,
+        seed=settings.training_seed,
         sequence_length=sequence_length,
         continual=load_continual_state(start, facts) if is_continual else None,
         work=paths.work / "train" / _work_key(settings, paths, start, facts),
@@ -136,7 +136,7 @@ def _work_key(
             "sequences": [asdict(settings.sequences), model.format, model.draws, model.mix_raw],
             "budget": asdict(model.budget),
             "context": [settings.context_chunks, settings.max_latent_tokens],
-            "seed": settings.seed,
+            "seed": settings.training_seed,
             "code": hash_code("boltlm.training.run"),
         }
         key = fingerprint(facts)
@@ -155,7 +155,7 @@ def _pack(settings: TrainSettings, paths: TrainPaths, coder: TextCoder, folder: 
         lambda scratch: _sequence_sources(settings, paths, coder, scratch),
         folder,
         sequence_length=settings.sequences.sequence_length,
-        seed=settings.seed,
+        seed=settings.training_seed,
         vocab_size=coder.tokenizer.get_vocab_size(),
         epochs=budget.amount if by_epochs else None,
         tokens=None if by_epochs else num_tokens,
@@ -221,7 +221,7 @@ def _formatter(
         context_loss=settings.sequences.context_loss,
         context_chunks=settings.context_chunks,
         token_budget=chunk_token_budget(coder.context_length, settings.max_latent_tokens),
-        seed=settings.seed,
+        seed=settings.training_seed,
     )
 
 

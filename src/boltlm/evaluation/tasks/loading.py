@@ -20,6 +20,7 @@ def load_docs(
     prompts: PromptSet,
     space: ThoughtSpace,
     data_path: str,
+    fewshot_path: str = "",
     split: str = "test",
     model_folder: str | None = None,
     max_answer_tokens: int = 256,
@@ -47,6 +48,7 @@ def load_docs(
                 task,
                 None if zero_shot else prompts,
                 space,
+                synthetic=Path(fewshot_path),
                 coder=coder,
                 max_answer_tokens=max_answer_tokens,
                 ending=fewshot.EMPTY_LATENT if no_latent else f" {cue}" if cue else "",
@@ -81,15 +83,16 @@ def _row(
     prompts: PromptSet | None,
     space: ThoughtSpace,
     *,
+    synthetic: Path,
     coder: TextCoder | None,
     max_answer_tokens: int,
     ending: str,
 ) -> dict[str, Any]:
-    """One question with its prompt; zero-shot without a prompt set. `ending` as in
-    `render_prompt`."""
+    """One question with its prompt; zero-shot without a prompt set. `synthetic` as in
+    `fewshot_examples`, `ending` as in `render_prompt`."""
     form = fewshot.PROMPT_FORMS[task]
     description, examples = (
-        fewshot.fewshot_examples(task, prompts, item.subject) if prompts else ("", ())
+        fewshot.fewshot_examples(task, prompts, item.subject, synthetic) if prompts else ("", ())
     )
     question = item.question.strip() if task == "mmlu_stem" else item.question
     if item.choices:
