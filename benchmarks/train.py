@@ -37,7 +37,7 @@ from boltlm.tokens import TextCoder  # noqa: E402
 from boltlm.training import hardware  # noqa: E402
 from boltlm.training.checkpointing import CheckpointManager  # noqa: E402
 from boltlm.training.compute import training_flops_per_token  # noqa: E402
-from boltlm.training.config import TrainConfig  # noqa: E402
+from boltlm.training.config import ModelTrainConfig, TrainConfig  # noqa: E402
 from boltlm.training.trainer import train_model  # noqa: E402
 
 SIDES = ("ours", "trainer", "minimal_loop")
@@ -73,7 +73,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         "activation_checkpointing": args.activation_checkpointing,
         "micro_batch_size": args.micro_batch_size,
     }
-    return build(TrainConfig, {**load(args.params)["train"], **changes}, "train")
+    return build(ModelTrainConfig, {**load(args.params)["train"], **changes}, "train")
 
 
 def load_model(args: argparse.Namespace) -> Any:

@@ -62,7 +62,7 @@ def epoch_tokens(
 ) -> np.ndarray:
     """All tokens of one epoch, in its order."""
     segments = SequenceSource(corpus, formatter).segments(epoch, scratch)
-    return np.concatenate([tokens for tokens, _ in segments])
+    return np.concatenate([segment.tokens for segment in segments])
 
 
 def segments_in_order(
@@ -430,7 +430,7 @@ def test_two_sources_of_one_corpus_have_different_orders(tmp_path: Path) -> None
     corpus = make_store(tmp_path, make_documents(50))
     formatter = make_formatter(sequence_format="raw")
     first, second = (
-        split_at_bos(np.concatenate([tokens for tokens, _ in source.segments(0, tmp_path)]))
+        split_at_bos(np.concatenate([segment.tokens for segment in source.segments(0, tmp_path)]))
         for source in (
             SequenceSource(corpus, formatter, 0.5, ()),
             SequenceSource(corpus, formatter, 0.5, ("raw",)),

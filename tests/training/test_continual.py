@@ -45,9 +45,10 @@ def train_run(chunks: Path, parent: Path, out: Path, seed: int, **changes: Any) 
     budget = {"kind": "steps", "amount": STEPS}
     params = raw_run_params(budget, SEQUENCE_LENGTH, **train) | {"seed": seed}
     reports = out.with_suffix(".csv"), out.with_suffix(".timing"), out.with_suffix(".json")
+    snapshots = out.with_suffix(".snapshots")
     run_training(
         build_settings(TrainSettings, params, name="arm"),
-        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, *reports),
+        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, *reports, snapshots),
     )
     return out
 

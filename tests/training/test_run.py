@@ -106,6 +106,7 @@ def run_model(
         csv=out / "log.csv",
         timing=out / "timing.json",
         metrics=out / "metrics.json",
+        snapshots=out / "snapshots",
     )
     run_training(build_settings(TrainSettings, params, name="arm"), paths)
     return json.loads((out / "model" / "training.json").read_text("utf-8"))

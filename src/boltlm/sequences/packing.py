@@ -18,12 +18,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import NamedTuple
 
 import numpy as np
 
 from boltlm.errors import UserError
 from boltlm.seeds import generator
 from boltlm.sequences.formatter import SequenceFormatter
+from boltlm.sequences.raw_counts import RawTokenCounter, read_raw_counts
 from boltlm.sequences.store import OFFSET_DTYPE, DocumentStore, open_array
 from boltlm.shard_store import atomic_write
 
@@ -33,6 +35,14 @@ STREAM_FILE = "stream"
 WEIGHTS_FILE = "loss_weights"
 WEIGHT_DTYPE = np.dtype(np.float32)
 STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
+
+
+class Segment(NamedTuple):
+    """A segment's tokens, int32, their weight in the loss, and whether some are raw text."""
+
+    tokens: np.ndarray
+    loss_weight: float
+    has_text: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +55,30 @@ class SequenceSource:
     weight: float = 1.0
     shuffle_key: tuple[str, ...] = ()
 
-    def segments(self, epoch: int, scratch: Path) -> Iterator[tuple[np.ndarray, float]]:
-        """Every segment of one epoch once, shuffled: its tokens, int32, and their weight in the
-        loss. `scratch`: for temporary files."""
+    def segments(self, epoch: int, scratch: Path) -> Iterator[Segment]:
+        """Every segment of one epoch once, shuffled. `scratch`: for temporary files."""
         random = generator(self.formatter.seed, "epoch", epoch, *self.shuffle_key)
         for index in _permutation(self.formatter.num_segments(self.store), random, scratch):
             pieces = self.formatter.segment(self.store, int(index), epoch)
             if pieces:
                 tokens = np.concatenate(pieces, dtype=np.int32, casting="same_kind")
-                yield tokens, self.formatter.loss_weight(self.store, int(index))
+                loss_weight = self.formatter.loss_weight(self.store, int(index))
+                has_text = self.formatter.has_raw_text(self.store, int(index))
+                yield Segment(tokens, loss_weight, has_text)
 
-    def endless_segments(self, scratch: Path) -> Iterator[tuple[int, np.ndarray, float]]:
-        """(epoch, tokens, loss weight) of each segment, epoch after epoch without end."""
+    def endless_segments(self, scratch: Path) -> Iterator[tuple[int, Segment]]:
+        """Each segment with its epoch, epoch after epoch without end."""
         if not self.formatter.num_segments(self.store):
             raise UserError("the corpus has no documents; check `corpora` in params.yaml")
         epoch = 0
         while True:
-            for tokens, loss_weight in self.segments(epoch, scratch):
-                yield epoch, tokens, loss_weight
+            yield from ((epoch, segment) for segment in self.segments(epoch, scratch))
             epoch += 1
 
     def num_tokens(self, epochs: int, scratch: Path) -> int:
         """How many tokens the first `epochs` epochs have."""
-        return sum(
-            len(tokens) for epoch in range(epochs) for tokens, _ in self.segments(epoch, scratch)
-        )
+        lengths = (len(s.tokens) for e in range(epochs) for s in self.segments(e, scratch))
+        return sum(lengths)
 
 
 def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.ndarray:
@@ -90,9 +99,8 @@ def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.nda
 
 def interleave(
     sources: Sequence[SequenceSource], scratch: Path, epochs: int | None
-) -> Iterator[tuple[np.ndarray, float]]:
-    """Segments of several sources, each from the source that lags furthest behind its weight, with
-    their weights in the loss.
+) -> Iterator[Segment]:
+    """Segments of several sources, each from the source that lags furthest behind its weight.
 
     Ends after `epochs` epochs of the first source, or never where that is None.
     """
@@ -100,18 +108,19 @@ def interleave(
     num_written = [0.0] * len(sources)
     while True:
         chosen = min(range(len(sources)), key=lambda i: num_written[i] / sources[i].weight)
-        epoch, tokens, loss_weight = next(streams[chosen])
+        epoch, segment = next(streams[chosen])
         if chosen == 0 and epoch == epochs:
             return
-        num_written[chosen] += len(tokens)
-        yield tokens, loss_weight
+        num_written[chosen] += len(segment.tokens)
+        yield segment
 
 
 @dataclass(frozen=True, slots=True)
 class PackedDataset:
     """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream, with
     ~id for a token without a loss; `digest`: a hash of it and of `loss_weights`, the
-    weights of its tokens in the loss, float32; None: each is 1. `mean_weight`: their mean."""
+    weights of its tokens in the loss, float32; None: each is 1. `mean_weight`: their mean.
+    `raw_counts`: the targets of each row that are raw text; None: they were not counted."""
 
     tokens: np.ndarray
     sequence_length: int
@@ -119,6 +128,7 @@ class PackedDataset:
     digest: str
     loss_weights: np.ndarray | None = None
     mean_weight: float = 1.0
+    raw_counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """The number of training sequences."""
@@ -146,6 +156,11 @@ class PackedDataset:
         indices = self.order[first_step * batch_size :]
         return sum(int((self._row(self.tokens, i)[1:] >= 0).sum()) for i in indices)
 
+    def num_raw_tokens(self, steps: int, batch_size: int) -> int:
+        """How many targets of the first `steps` steps are raw text (`sequences.raw_counts`)."""
+        assert self.raw_counts is not None
+        return int(self.raw_counts[self.order[: steps * batch_size]].sum(dtype=np.int64))
+
     def _rows(
         self, values: np.ndarray, indices: np.ndarray, dtype: np.dtype, padding: int
     ) -> np.ndarray:
@@ -172,11 +187,13 @@ def pack_sequences(
     vocab_size: int,
     epochs: int | None,
     tokens: Callable[[Sequence[SequenceSource], Path], int] | int | None,
+    count_raw_tokens: bool = False,
 ) -> PackedDataset:
     """The training sequences of `epochs` epochs of the first source, or of `tokens` tokens.
 
     The stream is written into `folder` unless it is complete there; only then are the sources
     made, `sources(folder)`, and a number of tokens computed from them, `tokens(sources, folder)`.
+    `count_raw_tokens`: whether the dataset has `raw_counts`; all runs on a folder want the same.
     Raises UserError unless exactly one of the two budgets is given, or where nothing is to predict.
     """
     if (epochs is None) == (tokens is None):
@@ -188,7 +205,10 @@ def pack_sequences(
         has_complements = any(not source.formatter.context_loss for source in opened)
         small = np.dtype(np.int16 if has_complements else np.uint16)
         dtype = small if vocab_size <= np.iinfo(small).max + 1 else np.dtype(np.int32)
-        _write_stream(opened, folder, epochs, max_tokens, dtype)
+        counter = None
+        if count_raw_tokens:
+            counter = RawTokenCounter(opened[0].formatter.special_tokens, sequence_length)
+        _write_stream(opened, folder, epochs, max_tokens, dtype, counter)
     return open_packed(folder, sequence_length, seed)
 
 
@@ -198,16 +218,19 @@ def _write_stream(
     epochs: int | None,
     max_tokens: int | None,
     dtype: np.dtype,
+    counter: RawTokenCounter | None,
 ) -> None:
-    """Write the stream, its weights where a source has any, and then its statistics."""
+    """Write the stream, its weights where a source has any, counts, and then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
     num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
-        for segment, loss_weight in interleave(sources, folder, epochs):
+        for segment, loss_weight, has_text in interleave(sources, folder, epochs):
             ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
+            if counter is not None:
+                counter.add(ids, has_text=has_text)
             arrays = [ids.astype(dtype)]
             if has_weights:
                 arrays.append(np.full(len(ids), loss_weight, WEIGHT_DTYPE))
@@ -230,6 +253,8 @@ def _write_stream(
     if has_weights:
         stats |= {"weights_dtype": WEIGHT_DTYPE.str, "mean_weight": total_weight / num_tokens}
     stats |= sources[0].store.counts()
+    if counter is not None:
+        counter.write(folder)
     with atomic_write(folder / STATS_FILE) as temporary:
         temporary.write_text(json.dumps(stats), encoding="utf-8")
 
@@ -270,4 +295,5 @@ def open_packed(folder: Path, sequence_length: int, seed: int) -> PackedDataset:
     num_sequences = -(-(len(stream) - 1) // sequence_length)
     order = _permutation(num_sequences, generator(seed, "rows"), folder)
     mean_weight = float(stats.get("mean_weight", 1))
-    return PackedDataset(stream, sequence_length, order, str(stats["digest"]), weights, mean_weight)
+    digest, counts = str(stats["digest"]), read_raw_counts(folder)
+    return PackedDataset(stream, sequence_length, order, digest, weights, mean_weight, counts)

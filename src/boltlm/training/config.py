@@ -1,6 +1,6 @@
 """The settings of a training run, and of the stage `train`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from boltlm.errors import UserError
@@ -45,8 +45,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotConfig:
+    """Weights-only snapshots of a model in training, after every `every` steps and the last one.
+    `precision`: of the stored weights."""
+
+    every: PositiveInt
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Sections `train`, `base.train` and `finetune.train` of params.yaml.
+    """Sections `base.train` and `finetune.train` of params.yaml; `train` has one key more.
 
     `batch_size`: sequences in a step, over all processes; `micro_batch_size`: sequences in one
     forward and backward pass of a process (None: all of the process's part of the batch).
@@ -87,7 +96,15 @@ class TrainConfig:
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, JSON-ready."""
-        return {name: value for name, value in asdict(self).items() if name not in EXECUTION_FIELDS}
+        values, names = asdict(self), [field.name for field in fields(TrainConfig)]
+        return {name: values[name] for name in names if name not in EXECUTION_FIELDS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTrainConfig(TrainConfig):
+    """The section `train`, for the entries of `models`. `snapshots`: None keeps no snapshots."""
+
+    snapshots: SnapshotConfig | None
 
 
 FLOP_MATCHED_KINDS = ("flop_matched_epochs", "flop_matched_history")
@@ -130,7 +147,7 @@ class ModelEntry:
     mix_raw: float
     mix_corpus: Annotated[str, EntryName("corpora")]
     budget: TrainingBudget
-    train: Annotated[TrainConfig, Overlay("train")]
+    train: Annotated[ModelTrainConfig, Overlay("train")]
 
     def __post_init__(self) -> None:
         if not 0 <= self.mix_raw < 1:
