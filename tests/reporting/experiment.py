@@ -44,12 +44,14 @@ def report_params(
 ) -> dict[str, Any]:
     """Params of these models; `latents`: the model that sampled each entry of `latents`."""
     return {
-        "corpora": {name: {} for name in CORPORA},
+        "corpora": {name: {} for name in (*CORPORA, "heldout")},
         "teachers": {"some": {}, "all": {}},
         "train": load(ROOT / "params.yaml")["train"],
         "estep": load(ROOT / "params.yaml")["estep"],
         "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),
+        "evaluate": load(ROOT / "params.yaml")["evaluate"],
+        "curves": {},
         "finetune": {"runs": dict(runs or {})},
     }
 

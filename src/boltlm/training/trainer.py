@@ -79,12 +79,8 @@ def train_model(
     logger = trainer.open_logger(
         csv_path if main else None, line_logger if main else None, continual
     )
-    progress = Progress(
-        what=what,
-        total=dataset.num_target_tokens(trainer.first_step, config.batch_size),
-        unit="tokens",
-        silent=not main,
-    )
+    total = dataset.num_target_tokens(trainer.first_step, config.batch_size)
+    progress = Progress(what=what, total=total, unit="tokens", silent=not main)
     with logger, progress, attention.use_attention(model, trainer.attention_name()):
         for step in range(trainer.first_step, trainer.steps):
             loss, tokens = trainer.train_step(step, logger, validation_hook)
