@@ -120,7 +120,12 @@ def plot_snapshots(results: Results) -> Plot | SkippedPlot:
         for row, label in enumerate(SNAPSHOT_AXES.values()):
             axes_RC[row, column].set_ylabel(metric)
             _token_axis(axes_RC[row, column], label)
-    axes_RC[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    # A model can be missing from the last panel, beside which the legend is.
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in axes_RC[0]]
+    handles = {label: handle for panel in pairs for handle, label in panel}
+    axes_RC[0, -1].legend(
+        list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
     figure.subplots_adjust(wspace=0.35, hspace=0.3)
     return Plot(figure, rows)
 
