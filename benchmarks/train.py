@@ -125,11 +125,11 @@ class TimedWriter(SnapshotWriter):
 
     started = seconds = 0.0
 
-    def lacks(self, step: int, *, is_last: bool) -> bool:
+    def is_saved(self, step: int) -> bool:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.started = time.perf_counter()
-        return super().lacks(step, is_last=is_last)
+        return super().is_saved(step)
 
     def save(self, model: Any, weights: Any, step: int, tokens: int) -> None:
         super().save(model, weights, step, tokens)

@@ -102,12 +102,12 @@ def test_the_raw_tokens_of_some_steps_by_hand(tmp_path: Path) -> None:
     sources = [SequenceSource(corpus, make_formatter())]
     for folder, budget in (("epochs", {"epochs": 2}), ("cut", {"tokens": 333})):
         dataset = pack(tmp_path / folder, sources, **budget)
-        counted = 0
-        for step in range(-(-len(dataset) // 3)):
+        counted, steps = 0, -(-len(dataset) // 3)
+        for step in range(steps):
             assert dataset.num_raw_tokens(step, 3) == counted
             _, labels_BL = dataset.batch(step, 3)
             counted += int(((labels_BL < 500) & (labels_BL != IGNORE_INDEX)).sum())
-        assert dataset.num_raw_tokens(step + 1, 3) == counted > 0
+        assert dataset.num_raw_tokens(steps, 3) == counted > 0
 
 
 def test_text_counts_with_each_of_its_weighted_latents(tmp_path: Path) -> None:

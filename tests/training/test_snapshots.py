@@ -90,17 +90,19 @@ def test_bfloat16_snapshots_are_the_rounded_weights(
     config = {"every": 4, "precision": "bfloat16"}
     folder = train(chunks, base_folder, tmp_path, snapshots=config)
     assert hash_path(tmp_path / "model") == hash_path(finished / "model")
-    for path in folder.iterdir():
+    assert names(folder) == names(finished / "snapshots")
+    for name in names(folder):
+        path = folder / name
         rounded = load_file(path / "model.safetensors")
-        exact = load_file(finished / "snapshots" / path.name / "model.safetensors")
+        exact = load_file(finished / "snapshots" / name / "model.safetensors")
         assert rounded.keys() == exact.keys()
-        for name, weight in exact.items():
-            assert torch.equal(rounded[name], weight.to(torch.bfloat16))
+        for parameter, weight in exact.items():
+            assert torch.equal(rounded[parameter], weight.to(torch.bfloat16))
         assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
-    size = sum(2 * weight.numel() for weight in exact.values())
-    assert size < (path / "model.safetensors").stat().st_size < size + 10_000
-    loaded = checkpoint.load_model(path).state_dict()
-    assert torch.equal(loaded["lm_head.weight"], rounded["lm_head.weight"].float())
+        size = sum(2 * weight.numel() for weight in exact.values())
+        assert size < (path / "model.safetensors").stat().st_size < size + 10_000
+        loaded = checkpoint.load_model(path).state_dict()
+        assert torch.equal(loaded["lm_head.weight"], rounded["lm_head.weight"].float())
 
 
 @pytest.mark.parametrize("tied", [False, True])

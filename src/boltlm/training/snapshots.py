@@ -42,11 +42,14 @@ class SnapshotWriter:
         self.folder, self.config, self.tokenizer = folder, config, tokenizer
         self.raw_tokens, self.start = raw_tokens, start
 
-    def lacks(self, step: int, *, is_last: bool) -> bool:
-        """Whether the snapshot of `step` is wanted and not there. A resumed run that repeats a step
-        finds the one that it wrote before."""
-        is_wanted = is_last or step % self.config.every == 0
-        return is_wanted and not self._path(step).is_dir()
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether there is to be a snapshot of `step`."""
+        return is_last or step % self.config.every == 0
+
+    def is_saved(self, step: int) -> bool:
+        """Whether the snapshot of `step` is there. A resumed run that repeats a step finds the one
+        that it wrote before."""
+        return self._path(step).is_dir()
 
     def save(
         self, model: PreTrainedModel, weights: Mapping[str, torch.Tensor], step: int, tokens: int
@@ -83,7 +86,8 @@ class SnapshotWriter:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         for step in range(self.start + 1, self.start + steps + 1):
-            if self.lacks(step, is_last=step == self.start + steps):
+            is_last = step == self.start + steps
+            if self.is_due(step, is_last=is_last) and not self.is_saved(step):
                 raise UserError(
                     f"{self._path(step)}: this snapshot was removed while the training ran; delete"
                     f" {self.folder.parent} and run again"

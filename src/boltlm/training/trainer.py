@@ -169,10 +169,7 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, step))
         batch = self.dataset.batch(step, self.config.batch_size)
         loss, tokens = self._backward(batch)
-        norm: Any = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm
-        )
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad_norm = self._clip_gradients()
         check_divergence(
             loss,
             grad_norm,
@@ -200,7 +197,8 @@ class Trainer:
             validation=validation,
             last=is_last,
         )
-        self._save_snapshot(logger, is_last=is_last)  # before a checkpoint, which is after it then
+        # First the snapshot: a run that is resumed from the checkpoint does not repeat this step.
+        self._save_snapshot(logger, is_last=is_last)
         if self.checkpoints.is_due(step + 1, self.steps):
             self._save_checkpoint(step + 1, logger)
         return loss, tokens
@@ -242,6 +240,12 @@ class Trainer:
                 " train.activation_checkpointing, then run again to resume"
             ) from error
 
+    def _clip_gradients(self) -> float:
+        """Clip the gradients' norm; returns what it was."""
+        weights, max_norm = self.model.parameters(), self.config.max_grad_norm
+        norm: Any = torch.nn.utils.clip_grad_norm_(weights, max_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
     def _validates_after(self, step: int) -> bool:
         config = self.config.validation
         return config is not None and (step == self.steps - 1 or (step + 1) % config.every == 0)
@@ -260,11 +264,13 @@ class Trainer:
     def _save_snapshot(self, logger: MetricsLogger, *, is_last: bool) -> None:
         """Save the snapshot of the last step made, where it is wanted and was not saved before the
         run was resumed."""
-        snapshots = self.snapshots
-        if snapshots and distributed.broadcast(snapshots.lacks(logger.step, is_last=is_last)):
+        snapshots, step = self.snapshots, logger.step
+        if snapshots is None or not snapshots.is_due(step, is_last=is_last):
+            return
+        if not distributed.broadcast(snapshots.is_saved(step)):
             weights = model_weights(distributed.full_weights(self.module))
             if self.process.is_main_process:
-                snapshots.save(self.model, weights, logger.step, logger.tokens)
+                snapshots.save(self.model, weights, step, logger.tokens)
 
     def _save_checkpoint(self, steps: int, logger: MetricsLogger) -> None:
         state = distributed.full_state(self.module, self.optimizers)
