@@ -91,8 +91,8 @@ def plot_validation(results: Results) -> Plot | SkippedPlot:
 
 def plot_snapshots(results: Results) -> Plot | SkippedPlot:
     """The metrics of evaluated snapshots, by training tokens and by tokens of raw text: the values
-    as points with their standard errors, and the best value so far as a line. Of bounds the one
-    with the largest K, of accuracies those of whole tasks."""
+    as points with their standard errors, and the best value so far as a line. Likelihoods are
+    drawn, of bounds the one with the largest K, and the accuracies of whole tasks."""
     labels = _labels(results)
     curves = {name: results.snapshot_curves.get(name, []) for name in labels}
     names = dict.fromkeys(point.metric for points in curves.values() for point in points)
@@ -118,7 +118,7 @@ def plot_snapshots(results: Results) -> Plot | SkippedPlot:
                     for point, top in zip(measured, best, strict=True)
                 ]
         for row, label in enumerate(SNAPSHOT_AXES.values()):
-            axes_RC[row, column].set_ylabel(metric)
+            axes_RC[row, column].set_ylabel(metric, fontsize=7)
             _token_axis(axes_RC[row, column], label)
     # A model can be missing from the last panel, beside which the legend is.
     pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in axes_RC[0]]
@@ -132,8 +132,8 @@ def plot_snapshots(results: Results) -> Plot | SkippedPlot:
 
 def _is_drawn(metric: str) -> bool:
     """Whether a metric of snapshots has a panel."""
-    is_part = any(part in metric for part in ("elbo_per_token_k", "/cue", "by_subject", "subset/"))
-    return metric_direction(metric) != 0 and not is_part
+    left_out = ("elbo_per_token_k", "/cue", "by_subject", "subset/", "_match")
+    return metric_direction(metric) != 0 and not any(part in metric for part in left_out)
 
 
 def _snapshot_curve(
