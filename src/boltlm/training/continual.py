@@ -16,7 +16,8 @@ from boltlm.training import checkpointing
 from boltlm.training.schedules import ScheduleConfig
 
 OPTIMIZER_FILE, TRAINING_FILE = "optimizer.pt", "training.json"
-# The settings that a continual run must share with its parent.
+# The settings that a continual run must share with its parent. The batch size is not among them:
+# the moments are averages over steps, whatever the number of sequences in a step.
 CONTINUAL_FIELDS = (
     "optimizer",
     "learning_rate",
@@ -25,7 +26,6 @@ CONTINUAL_FIELDS = (
     "eps",
     "weight_decay",
     "max_grad_norm",
-    "batch_size",
     "sequence_length",
 )
 
