@@ -24,6 +24,7 @@ import numpy as np
 from boltlm.errors import UserError
 from boltlm.seeds import generator
 from boltlm.sequences.formatter import SequenceFormatter
+from boltlm.sequences.layouts import MixUnit
 from boltlm.sequences.store import OFFSET_DTYPE, DocumentStore, open_array
 from boltlm.shard_store import atomic_write
 
@@ -37,8 +38,8 @@ STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
 
 @dataclass(frozen=True, slots=True)
 class SequenceSource:
-    """Stored documents, their format, and their fraction `weight` of the stream's tokens.
-    `shuffle_key` gives a further source of the same documents an order of its own."""
+    """Stored documents, their format, and their fraction `weight` of the stream. `shuffle_key` gives
+    a further source of the same documents an order of its own."""
 
     store: DocumentStore
     formatter: SequenceFormatter
@@ -89,10 +90,14 @@ def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.nda
 
 
 def interleave(
-    sources: Sequence[SequenceSource], scratch: Path, epochs: int | None
+    sources: Sequence[SequenceSource],
+    scratch: Path,
+    epochs: int | None,
+    mix_unit: MixUnit = "tokens",
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Segments of several sources, each from the source that lags furthest behind its weight, with
-    their weights in the loss.
+    their weights in the loss. `mix_unit`: what the weights are fractions of; a segment counts as
+    one document.
 
     Ends after `epochs` epochs of the first source, or never where that is None.
     """
@@ -103,7 +108,7 @@ def interleave(
         epoch, tokens, loss_weight = next(streams[chosen])
         if chosen == 0 and epoch == epochs:
             return
-        num_written[chosen] += len(tokens)
+        num_written[chosen] += len(tokens) if mix_unit == "tokens" else 1
         yield tokens, loss_weight
 
 
@@ -172,8 +177,10 @@ def pack_sequences(
     vocab_size: int,
     epochs: int | None,
     tokens: Callable[[Sequence[SequenceSource], Path], int] | int | None,
+    mix_unit: MixUnit = "tokens",
 ) -> PackedDataset:
     """The training sequences of `epochs` epochs of the first source, or of `tokens` tokens.
+    `mix_unit` as in `interleave`.
 
     The stream is written into `folder` unless it is complete there; only then are the sources
     made, `sources(folder)`, and a number of tokens computed from them, `tokens(sources, folder)`.
@@ -188,25 +195,27 @@ def pack_sequences(
         has_complements = any(not source.formatter.context_loss for source in opened)
         small = np.dtype(np.int16 if has_complements else np.uint16)
         dtype = small if vocab_size <= np.iinfo(small).max + 1 else np.dtype(np.int32)
-        _write_stream(opened, folder, epochs, max_tokens, dtype)
+        segments = interleave(opened, folder, epochs, mix_unit)
+        _write_stream(opened, segments, folder, max_tokens, dtype)
     return open_packed(folder, sequence_length, seed)
 
 
 def _write_stream(
     sources: Sequence[SequenceSource],
+    segments: Iterator[tuple[np.ndarray, float]],
     folder: Path,
-    epochs: int | None,
     max_tokens: int | None,
     dtype: np.dtype,
 ) -> None:
-    """Write the stream, its weights where a source has any, and then its statistics."""
+    """Write the segments of the sources as the stream, its weights where a source has any, and
+    then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
     num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
-        for segment, loss_weight in interleave(sources, folder, epochs):
+        for segment, loss_weight in segments:
             ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
             arrays = [ids.astype(dtype)]
             if has_weights:

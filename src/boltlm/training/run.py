@@ -159,6 +159,7 @@ def _pack(settings: TrainSettings, paths: TrainPaths, coder: TextCoder, folder: 
         vocab_size=coder.tokenizer.get_vocab_size(),
         epochs=budget.amount if by_epochs else None,
         tokens=None if by_epochs else num_tokens,
+        mix_unit=settings.sequences.mix_unit,
     )
 
 
