@@ -233,12 +233,9 @@ class SmallStage:
             ]
         )
         self.params = load(tiny.ROOT / "params.yaml")
-        self.params["evaluate"] |= {
-            "max_thought_tokens": 10,
-            "max_answer_tokens": 8,
-            "batch_size": 2,
-        }
+        self.params["evaluate"]["batch_size"] = 2
         section = self.params["finetune"]
+        section |= {"max_thought_tokens": 10, "max_answer_tokens": 8}
         section |= {"epochs": 8, "samples": 2, "heldout_fraction": 0.2, "temperature": 1.0}
         section["train"] |= {"learning_rate": 0.03, "precision": "float32", "checkpoint_every": 8}
         section["runs"] = {"one": RUN}
