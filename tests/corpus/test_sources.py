@@ -59,7 +59,10 @@ def files_source(path: str) -> FilesSource:
 
 
 def files(
-    path: Path | str, columns: ColumnMapping = COLUMNS, shuffle_buffer: int = 0, seed: int = 1
+    path: Path | str,
+    columns: ColumnMapping = COLUMNS,
+    shuffle_buffer: int | None = 0,
+    seed: int = 1,
 ) -> list[Document]:
     config = FilesSource(
         kind="files", path=str(path), columns=columns, shuffle_buffer=shuffle_buffer
@@ -129,6 +132,7 @@ def test_a_large_buffer_shuffles_by_id_alone(tmp_path: Path) -> None:
     assert shuffled != [row["key"] for row in ROWS]
     assert ids(files(backward, shuffle_buffer=len(ROWS))) == shuffled
     assert ids(files(forward, shuffle_buffer=1000)) == shuffled
+    assert ids(files(backward, shuffle_buffer=None)) == shuffled
     assert ids(files(forward, shuffle_buffer=len(ROWS), seed=2)) != shuffled
 
 
@@ -363,6 +367,10 @@ def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
     assert ids(documents) == [f"r{i}" for i in range(5)]
     assert {document.text for document in documents} == {text}
     assert documents[0].thoughts == ("why one and two", "why one and two", "why three", None)
+    whole = replace(hub(str(tmp_path / "set")), shuffle_buffer=None)
+    shuffled = list(sources.read_documents(whole, seed=1))
+    assert shuffled != documents
+    assert sorted(shuffled, key=lambda document: document.doc_id) == documents
 
 
 def test_a_hub_data_set_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from boltlm.corpus.chunks import split_sentences
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
 from boltlm.corpus.readers import read_jsonl, read_rows, stream_hub
+from boltlm.corpus.shuffle import shuffled
 from boltlm.errors import UserError
 from boltlm.records import Document, Question
-from boltlm.seeds import uniform
 
 GSM8K_HUB = "openai/gsm8k"
 GSM8K_STEM = "The answer is"
@@ -49,13 +49,14 @@ class FilesSource:
     """JSONL (also .gz) or Parquet files, given by a path or a glob pattern.
 
     `shuffle_buffer`: number of documents in the shuffle buffer. 0 leaves the documents in file
-    order; a buffer as large as the corpus shuffles it uniformly.
+    order; a buffer as large as the source shuffles it uniformly, and so does null, with sorted
+    temporary files in place of the buffer.
     """
 
     kind: Literal["files"]
     path: str
     columns: ColumnMapping
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ class HubSource:
     config: str | None
     split: str
     columns: ColumnMapping
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,7 @@ class GSM8KSource:
     kind: Literal["gsm8k"]
     path: str | None
     split: Literal["train", "test"]
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
 CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource
@@ -100,7 +101,7 @@ def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
     else:
         rows = stream_hub(config.name, config.config, config.split)
         documents = _mapped_documents(rows, config.columns, config.name)
-    return _shuffled(documents, config.shuffle_buffer, seed)
+    return shuffled(documents, config.shuffle_buffer, seed)
 
 
 def read_questions(config: CorpusSource, seed: int) -> Iterator[Question]:
@@ -128,24 +129,6 @@ def parse_gsm8k_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def format_gsm8k_answer(answer: str) -> str:
     """The sentence in which a GSM8K document states its final answer."""
     return f"{GSM8K_STEM} {answer}."
-
-
-def _shuffled(documents: Iterable[Document], size: int, seed: int) -> Iterator[Document]:
-    """The documents shuffled through a buffer of `size`, by random numbers that depend on their
-    ids: each document that arrives replaces one in the full buffer, which is yielded. Those still
-    in the buffer at the end are sorted by their random numbers."""
-    if size == 0:
-        yield from documents
-        return
-    buffer: list[Document] = []
-    for document in documents:
-        if len(buffer) < size:
-            buffer.append(document)
-            continue
-        index = int(uniform(seed, "place", document.doc_id) * size)
-        replaced, buffer[index] = buffer[index], document
-        yield replaced
-    yield from sorted(buffer, key=lambda document: uniform(seed, "order", document.doc_id))
 
 
 def _file_documents(config: FilesSource) -> Iterator[Document]:

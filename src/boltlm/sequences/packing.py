@@ -38,8 +38,8 @@ STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
 
 @dataclass(frozen=True, slots=True)
 class SequenceSource:
-    """Stored documents, their format, and their fraction `weight` of the stream. `shuffle_key` gives
-    a further source of the same documents an order of its own."""
+    """Stored documents, their format, and their fraction `weight` of the stream. `shuffle_key`
+    gives a further source of the same documents an order of its own."""
 
     store: DocumentStore
     formatter: SequenceFormatter

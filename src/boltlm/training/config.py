@@ -119,7 +119,8 @@ class ModelEntry:
     tokens it matches); `draws`: which of the K latents drawn for a chunk it is trained on: the
     selected one, one that is chosen afresh by its weight in every epoch, or all, by their weights
     (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens, or of the documents
-    (`sequences.mix_unit`), that are raw documents of `mix_corpus`; `train`: changes to the section `train`.
+    (`sequences.mix_unit`), that are raw documents of `mix_corpus`; `train`: changes to the section
+    `train`.
     """
 
     parent: Annotated[str, EntryName("models", "base")]
