@@ -149,9 +149,9 @@ def test_the_held_out_documents_depend_on_seed_and_id_alone() -> None:
 
 def answer_tables(correct_SQN: np.ndarray, grader: str, members: int = 1) -> list[list[TaskAnswer]]:
     """The answers of each seed with these verdicts, to clusters of this many questions."""
-    texts = ("task", "prompts", "space", "subject", "prompt", "completion", "gold", "extracted")
+    texts = ("task", "prompts", "space", "subject", "level", "prompt", "completion", "gold")
     values: dict[str, Any] = {"shots": 0, "lost_shots": 0, "thought": "", "grader": grader}
-    values |= dict.fromkeys(texts, "")
+    values |= dict.fromkeys((*texts, "extracted"), "")
     return [
         [
             TaskAnswer(
