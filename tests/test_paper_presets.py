@@ -3,17 +3,22 @@
 import copy
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from boltlm.corpus.benchmarks import read_benchmark
 from boltlm.corpus.chunks import ChunkingConfig, chunk_length_distribution
+from boltlm.corpus.split import SplitSettings, stream_corpora
 from boltlm.evaluation.fewshot import PROMPT_FORMS
 from boltlm.evaluation.task_spec import TaskSpec
-from boltlm.params import build, flatten_params, load
+from boltlm.params import build, build_settings, flatten_params, load
 from tests import tiny
+from tests.shrink import QUESTIONS, SHRUNK, shrunk, write_data
+from tests.test_policies import stage_settings
 
 PAPER: dict[str, Any] = yaml.safe_load((tiny.ROOT / "tests" / "paper.yaml").read_text("utf-8"))
 PRESETS = [name for name in PAPER if name.startswith("paper-")]
@@ -39,11 +44,15 @@ def flattened(params: Mapping[str, Any]) -> dict[str, str]:
     }
     flat = flatten_params({**params, "models": models})
     for section in ENTRIES:
-        entries: Any = params
-        for key in section.split("."):
-            entries = entries.get(key, {})
-        flat |= {f"{section}.{name}": "present" for name in entries}
+        flat |= {f"{section}.{name}": "present" for name in entries(params, section)}
     return flat
+
+
+def entries(params: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """The entries of a section, none where it is missing."""
+    for key in section.split("."):
+        params = params.get(key, {})
+    return params
 
 
 def derived(params: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -141,3 +150,29 @@ def test_a_changed_preset_is_noticed(changed: str, value: str | None) -> None:
     preset: dict[str, str | None] = {**preset_values(name), changed: value}
     known = {key: text for key, text in preset.items() if text is not None}
     assert unexplained(known, paper_values(name), PAPER[name]["differences"]) == {changed}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_shrunken_preset_is_the_same_graph(name: str, tmp_path: Path) -> None:
+    """Every stage has valid settings; only sizes and sources differ from the preset, and the files
+    suffice for its corpora."""
+    params = load(tiny.ROOT / "presets" / f"{name}.yaml")
+    write_data(tmp_path / "data")
+    small = shrunk(params, tmp_path / "data", "http://127.0.0.1:1/v1")
+    for stage, kind in stage_settings().items():
+        section = {"teacher": "teachers", "latents": "latents", "finetune": "finetune.runs"}
+        section |= {"train": "models", "evaluate": "models"}
+        for entry in entries(small, section[stage]) if stage in section else [""]:
+            build_settings(kind, small, name=entry)
+    before, after = flatten_params(params), flatten_params(small)
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    sizes = r"corpora\.\w+\.(documents|source.*)|models\.\w+\.(budget\.amount|train\.batch_size)"
+    others = r"(base|corpus|benchmarks)\..*|teachers\.\w+\.(base_url|poll_interval_seconds)"
+    assert all(key in SHRUNK or re.fullmatch(f"{sizes}|{others}", key) for key in changed)
+    assert "hub" not in re.findall(r"kind: (\w+)", yaml.safe_dump(small))
+    settings = build_settings(SplitSettings, small)
+    names = [corpus for corpus in small["corpora"] if corpus != "base"]
+    sizes_read = {corpus: len(list(docs)) for corpus, docs in stream_corpora(settings, names)}
+    assert sizes_read == {corpus: small["corpora"][corpus]["documents"] for corpus in names}
+    for benchmark, path in settings.benchmarks.items():
+        assert len(list(read_benchmark(benchmark, path))) == QUESTIONS
