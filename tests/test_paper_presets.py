@@ -14,7 +14,7 @@ from boltlm.corpus.benchmarks import read_benchmark
 from boltlm.corpus.chunks import ChunkingConfig, chunk_length_distribution
 from boltlm.corpus.split import SplitSettings, stream_corpora
 from boltlm.evaluation.fewshot import PROMPT_FORMS
-from boltlm.evaluation.task_spec import TaskSpec
+from boltlm.evaluation.task_spec import TaskName, TaskSpec
 from boltlm.params import build, build_settings, flatten_params, load
 from tests import tiny
 from tests.shrink import QUESTIONS, SHRUNK, shrunk, write_data
@@ -62,7 +62,7 @@ def derived(params: Mapping[str, Any], text: str) -> dict[str, Any]:
     is_poisson = np.allclose(law[1:] / law[:-1], chunking.mean_sentences / (lengths + 1))
     sections = params["evaluate"], params["finetune"]
     limits = [section["max_thought_tokens"] + section["max_answer_tokens"] for section in sections]
-    tasks = {TaskSpec.parse(task).task for task in params["evaluate"]["tasks"]}
+    tasks: set[TaskName] = {TaskSpec.parse(task).task for task in params["evaluate"]["tasks"]}
     header, _, body = text.partition("\nseed:")
     seeds, ks, upstream = (
         re.search(rf"-S {key}=([\d,]+)", part)
