@@ -4,8 +4,8 @@
 
 makes a repository of its own in FOLDER, which must not exist, and runs the preset there by
 `dvc repro`, all stages or only those that TARGET needs. Data of the hub are replaced by generated
-files, the teacher by a mock of its API on this machine. It takes about half a minute for each
-model; what the models learn means nothing.
+files, the teacher by a mock of its API on this machine. It takes about half an hour on two
+cores; what the models learn means nothing.
 """
 
 import argparse
