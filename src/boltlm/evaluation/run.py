@@ -174,7 +174,7 @@ def _large_k_metrics(
     lengths = [len(chunk.tokens) for chunk in chunks]
     sizes = (max(settings.evaluate.k_samples), config.k_samples)
     metrics = likelihood.elbo_metrics(groups, lengths, sizes, clusters)
-    metrics = {name: value for name, value in metrics.items() if name.startswith("elbo")}
+    metrics = {name: value for name, value in metrics.items() if name.startswith("elbo_per_token")}
     metrics |= {"documents": len(scores), "clusters": len(set(clusters.values()))}
     return {f"subset/{name}": value for name, value in metrics.items()}
 

@@ -25,6 +25,7 @@ import numpy as np
 from boltlm.errors import UserError
 from boltlm.seeds import generator
 from boltlm.sequences.formatter import SequenceFormatter
+from boltlm.sequences.layouts import MixUnit
 from boltlm.sequences.raw_counts import RawTokenCounter, read_raw_counts
 from boltlm.sequences.store import OFFSET_DTYPE, DocumentStore, open_array
 from boltlm.shard_store import atomic_write
@@ -47,8 +48,8 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SequenceSource:
-    """Stored documents, their format, and their fraction `weight` of the stream's tokens.
-    `shuffle_key` gives a further source of the same documents an order of its own."""
+    """Stored documents, their format, and their fraction `weight` of the stream. `shuffle_key`
+    gives a further source of the same documents an order of its own."""
 
     store: DocumentStore
     formatter: SequenceFormatter
@@ -98,9 +99,13 @@ def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.nda
 
 
 def interleave(
-    sources: Sequence[SequenceSource], scratch: Path, epochs: int | None
+    sources: Sequence[SequenceSource],
+    scratch: Path,
+    epochs: int | None,
+    mix_unit: MixUnit = "tokens",
 ) -> Iterator[Segment]:
     """Segments of several sources, each from the source that lags furthest behind its weight.
+    `mix_unit`: what the weights are fractions of; a segment counts as one document.
 
     Ends after `epochs` epochs of the first source, or never where that is None.
     """
@@ -111,7 +116,7 @@ def interleave(
         epoch, segment = next(streams[chosen])
         if chosen == 0 and epoch == epochs:
             return
-        num_written[chosen] += len(segment.tokens)
+        num_written[chosen] += len(segment.tokens) if mix_unit == "tokens" else 1
         yield segment
 
 
@@ -188,8 +193,10 @@ def pack_sequences(
     epochs: int | None,
     tokens: Callable[[Sequence[SequenceSource], Path], int] | int | None,
     count_raw_tokens: bool = False,
+    mix_unit: MixUnit = "tokens",
 ) -> PackedDataset:
     """The training sequences of `epochs` epochs of the first source, or of `tokens` tokens.
+    `mix_unit` as in `interleave`.
 
     The stream is written into `folder` unless it is complete there; only then are the sources
     made, `sources(folder)`, and a number of tokens computed from them, `tokens(sources, folder)`.
@@ -205,29 +212,31 @@ def pack_sequences(
         has_complements = any(not source.formatter.context_loss for source in opened)
         small = np.dtype(np.int16 if has_complements else np.uint16)
         dtype = small if vocab_size <= np.iinfo(small).max + 1 else np.dtype(np.int32)
+        segments = interleave(opened, folder, epochs, mix_unit)
         counter = None
         if count_raw_tokens:
             counter = RawTokenCounter(opened[0].formatter.special_tokens, sequence_length)
-        _write_stream(opened, folder, epochs, max_tokens, dtype, counter)
+        _write_stream(opened, segments, folder, max_tokens, dtype, counter)
     return open_packed(folder, sequence_length, seed)
 
 
 def _write_stream(
     sources: Sequence[SequenceSource],
+    segments: Iterator[Segment],
     folder: Path,
-    epochs: int | None,
     max_tokens: int | None,
     dtype: np.dtype,
     counter: RawTokenCounter | None,
 ) -> None:
-    """Write the stream, its weights where a source has any, counts, and then its statistics."""
+    """Write the segments of the sources as the stream, its weights where a source has any, counts,
+    and then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
     num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
-        for segment, loss_weight, has_text in interleave(sources, folder, epochs):
+        for segment, loss_weight, has_text in segments:
             ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
             if counter is not None:
                 counter.add(ids, has_text=has_text)

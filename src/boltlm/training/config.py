@@ -135,8 +135,9 @@ class ModelEntry:
     the latents or the paraphrases (a raw run names its documents, or the latents whose number of
     tokens it matches); `draws`: which of the K latents drawn for a chunk it is trained on: the
     selected one, one that is chosen afresh by its weight in every epoch, or all, by their weights
-    (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens that are raw documents of
-    `mix_corpus`; `train`: changes to the section `train`.
+    (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens, or of the documents
+    (`sequences.mix_unit`), that are raw documents of `mix_corpus`; `train`: changes to the section
+    `train`.
     """
 
     parent: Annotated[str, EntryName("models", "base")]
@@ -195,6 +196,15 @@ class TrainSettings:
             raise UserError(
                 f"models.{self.name}.draws: weighted needs sequences.layout chunk, in which every"
                 f" latent can have a sequence of its own; found {self.sequences.layout}"
+            )
+        in_pieces = self.model.format == "mixed" or (
+            self.model.format == "latent" and self.sequences.layout == "chunk"
+        )
+        if self.model.mix_raw and self.sequences.mix_unit == "documents" and in_pieces:
+            raise UserError(
+                f"models.{self.name}.mix_raw is {self.model.mix_raw}, but sequences.mix_unit"
+                " documents cannot count the documents of the format mixed or of the layout chunk,"
+                " which are shuffled in pieces; use mix_unit: tokens or another format or layout"
             )
 
 

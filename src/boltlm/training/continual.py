@@ -18,7 +18,8 @@ from boltlm.training.schedules import ScheduleConfig
 OPTIMIZER_FILE, TRAINING_FILE = "optimizer.pt", "training.json"
 # In TRAINING_FILE: the tokens of raw text that were trained on, counted where snapshots are kept.
 RAW_TOKENS_KEY = "raw_tokens_seen"
-# The settings that a continual run must share with its parent.
+# The settings that a continual run must share with its parent. The batch size is not among them:
+# the moments are averages over steps, whatever the number of sequences in a step.
 CONTINUAL_FIELDS = (
     "optimizer",
     "learning_rate",
@@ -27,7 +28,6 @@ CONTINUAL_FIELDS = (
     "eps",
     "weight_decay",
     "max_grad_norm",
-    "batch_size",
     "sequence_length",
 )
 

@@ -171,6 +171,7 @@ def _pack(settings: TrainSettings, paths: TrainPaths, coder: TextCoder, folder: 
         epochs=budget.amount if by_epochs else None,
         tokens=None if by_epochs else num_tokens,
         count_raw_tokens=settings.model.train.snapshots is not None,
+        mix_unit=settings.sequences.mix_unit,
     )
 
 

@@ -68,6 +68,7 @@ def _read_items(
         item = benchmarks.BenchmarkItem(
             item_id=question.question_id,
             subject=question.subject,
+            level="",
             question=question.prompt,
             choices=(),
             solution=f"{question.stem} {question.answer}.",
@@ -104,6 +105,7 @@ def _row(
     return {
         "id": item.item_id,
         "subject": item.subject,
+        "level": item.level,
         "gold": item.solution,
         "prompt": prompt,
         "shots": num_shots,
