@@ -4,10 +4,12 @@
 
 All sides have the same model, packed sequences, number of steps, optimizer (AdamW) and precision.
 `ours`: the training loop of the stages with its log and checkpoints. `trainer`: Trainer with its
-defaults. `minimal_loop`: the twenty lines of that function. Each side runs in a process of its own;
-the sides alternate, and the best round of each counts, loading excluded. The MFU (with respect to
-the measured speed of a matrix product) and the peak memory are printed too. On a GPU, use
-`--random 1.1b`: a Llama of that size with random weights and sequences of 2048 tokens.
+defaults. `minimal_loop`: the twenty lines of that function. `snapshots`: `ours` with a bfloat16
+snapshot every `--snapshot-every` steps; `snapshot_time_fraction` is the part of its time that they
+take, measured inside the run, because the speeds of two runs differ by more. Each side runs in a
+process of its own; the sides alternate, and the best round of each counts, loading excluded. The
+MFU (with respect to the measured speed of a matrix product) and the peak memory are printed too. On
+a GPU, use `--random 1.1b`: a Llama of that size with random weights and sequences of 2048 tokens.
 """
 
 import argparse
@@ -37,10 +39,11 @@ from boltlm.tokens import TextCoder  # noqa: E402
 from boltlm.training import hardware  # noqa: E402
 from boltlm.training.checkpointing import CheckpointManager  # noqa: E402
 from boltlm.training.compute import training_flops_per_token  # noqa: E402
-from boltlm.training.config import TrainConfig  # noqa: E402
+from boltlm.training.config import ModelTrainConfig, SnapshotConfig, TrainConfig  # noqa: E402
+from boltlm.training.snapshots import SnapshotWriter  # noqa: E402
 from boltlm.training.trainer import train_model  # noqa: E402
 
-SIDES = ("ours", "trainer", "minimal_loop")
+SIDES = ("ours", "trainer", "minimal_loop", "snapshots")
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "1.1b": {
         "hidden_size": 2048,
@@ -73,7 +76,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         "activation_checkpointing": args.activation_checkpointing,
         "micro_batch_size": args.micro_batch_size,
     }
-    return build(TrainConfig, {**load(args.params)["train"], **changes}, "train")
+    return build(ModelTrainConfig, {**load(args.params)["train"], **changes}, "train")
 
 
 def load_model(args: argparse.Namespace) -> Any:
@@ -116,7 +119,30 @@ def make_dataset(args: argparse.Namespace, folder: Path, vocab_size: int) -> Pac
     )
 
 
-def ours(model: Any, dataset: PackedDataset, config: TrainConfig, folder: Path) -> None:
+class TimedWriter(SnapshotWriter):
+    """Measures the seconds from the decision to write a snapshot to its end, so that gathering the
+    weights is included."""
+
+    started = seconds = 0.0
+
+    def is_saved(self, step: int) -> bool:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.started = time.perf_counter()
+        return super().is_saved(step)
+
+    def save(self, model: Any, weights: Any, step: int, tokens: int) -> None:
+        super().save(model, weights, step, tokens)
+        self.seconds += time.perf_counter() - self.started
+
+
+def ours(
+    model: Any,
+    dataset: PackedDataset,
+    config: TrainConfig,
+    folder: Path,
+    snapshots: SnapshotWriter | None = None,
+) -> None:
     checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint_every, "ours")
     train_model(
         model,
@@ -126,6 +152,7 @@ def ours(model: Any, dataset: PackedDataset, config: TrainConfig, folder: Path) 
         csv_path=folder / "train.csv",
         what="ours",
         checkpoints=checkpoints,
+        snapshots=snapshots,
     )
 
 
@@ -177,8 +204,10 @@ def measure_side(args: argparse.Namespace) -> dict[str, float]:
     if args.side == "ours":
         checkpoint.keep_freed_memory()
     config, device = train_config(args), checkpoint.default_device()
-    train = {"ours": ours, "trainer": trainer, "minimal_loop": minimal_loop}[args.side]
+    sides = {"ours": ours, "trainer": trainer, "minimal_loop": minimal_loop, "snapshots": ours}
+    train = sides[args.side]
     seconds = 0.0
+    options: dict[str, Any] = {}
     model: Any = None
     for is_warm_up in (True, False):
         with tempfile.TemporaryDirectory() as name:
@@ -191,14 +220,22 @@ def measure_side(args: argparse.Namespace) -> dict[str, float]:
                 count = 3 * args.batch_size
                 tokens = dataset.tokens[: count * length + 1]
                 dataset = PackedDataset(tokens, length, np.arange(count), "warm-up")
+            if args.side == "snapshots":
+                options["snapshots"] = TimedWriter(
+                    folder / "snapshots",
+                    SnapshotConfig(every=args.snapshot_every, precision="bfloat16"),
+                    tokenizer=folder if args.random else args.model,
+                    raw_tokens=lambda steps: steps,
+                )
             started = time.perf_counter()
-            train(model, dataset, config, folder)
+            train(model, dataset, config, folder, **options)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
     tokens_per_second = args.steps * args.batch_size * length / seconds
     peak = hardware.peak_flops(device, getattr(torch, args.precision))
     return {
+        "snapshot_time_fraction": sum(side.seconds for side in options.values()) / seconds,
         "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * training_flops_per_token(model, length) / peak,
         "memory_mib": hardware.peak_memory_mib(device),
@@ -227,6 +264,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--snapshot-every", type=int, default=100, help="steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -251,6 +289,7 @@ def main() -> None:
         **{f"tokens_per_second_{name}": speed for name, speed in speeds.items()},
         **{f"mfu_{name}": result["mfu"] for name, result in best.items()},
         **{f"memory_mib_{name}": result["memory_mib"] for name, result in best.items()},
+        "snapshot_time_fraction": best["snapshots"]["snapshot_time_fraction"],
         "ratio_vs_trainer": speeds["ours"] / speeds["trainer"],
         "ratio_vs_minimal_loop": speeds["ours"] / speeds["minimal_loop"],
     }

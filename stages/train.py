@@ -3,8 +3,8 @@
     python stages/train.py --params params.yaml --name em1 --parent models/base \
         --chunks data/chunks/em --data data/latents/em1 --mixed data/chunks/em \
         --heldout data/chunks/heldout --work .work --timings timings --out models/em1 \
-        --csv metrics/train/em1.csv --metrics metrics/train/em1.json --db mlflow.db \
-        --artifacts mlartifacts
+        --csv metrics/train/em1.csv --metrics metrics/train/em1.json --snapshots snapshots/em1 \
+        --db mlflow.db --artifacts mlartifacts
 
 On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] instead of python.
 """
@@ -25,8 +25,8 @@ from boltlm.training.run import TrainPaths, run_training
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    inputs = ("params", "parent", "chunks", "data", "mixed", "heldout")
-    for flag in (*inputs, "work", "timings", "out", "csv", "metrics", "db", "artifacts"):
+    inputs = ("params", "parent", "chunks", "data", "mixed", "heldout", "work", "timings")
+    for flag in (*inputs, "out", "csv", "metrics", "snapshots", "db", "artifacts"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
@@ -52,7 +52,7 @@ def main() -> None:
         line_logger = live_logger(flatten_params(load(args.params)), args.name, store)
     timing = timing_path(repository_path(args.timings), "train", args.name)
     inputs = args.parent, args.chunks, args.mixed, args.data, repository_path(args.work)
-    paths = TrainPaths(*inputs, args.out, args.csv, timing, args.metrics)
+    paths = TrainPaths(*inputs, args.out, args.csv, timing, args.metrics, args.snapshots)
     run_training(settings, paths, validation_hook=hook, line_logger=line_logger)
 
 

@@ -1,5 +1,6 @@
 """The graph as its users run it: `dvc repro` on the smoke preset, twice, interrupted, changed."""
 
+import csv
 import json
 import os
 import re
@@ -84,6 +85,28 @@ def test_the_graph_runs_and_leaves_every_artefact(finished: Path) -> None:
         assert ("elbo_per_token_se" in measured) == (model != "raw_flops")
     assert (finished / "metrics" / "figures" / "report.md").is_file()
     assert (finished / "metrics" / "figures" / "training.png").is_file()
+
+
+@pytest.mark.timeout(3600)
+def test_the_snapshots_of_a_training_have_curves(finished: Path) -> None:
+    """Of em1, the only model with snapshots: one for every second step and one for the last step,
+    evaluated on as many documents and questions as the entry of `curves` says."""
+    with (finished / "metrics" / "train" / "em1.csv").open() as file:
+        tokens = {int(line["step"]): int(line["tokens"]) for line in csv.DictReader(file)}
+    with (finished / "metrics" / "curves" / "em1.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    steps = sorted({int(line["step"]) for line in lines})
+    assert steps == sorted({*range(2, max(tokens), 2), max(tokens)})
+    assert len(steps) > 1
+    assert int(lines[-1]["tokens"]) == tokens[steps[-1]]
+    facts = json.loads((finished / "models" / "em1" / "training.json").read_text())
+    assert int(lines[-1]["raw_tokens"]) == 2 * facts["raw_tokens"], "two epochs"
+    last = {line["metric"]: line["value"] for line in lines if int(line["step"]) == steps[-1]}
+    assert (last["heldout_documents"], last["questions/standard/latent/questions"]) == ("10", "10")
+    summary = json.loads((finished / "metrics" / "curves" / "em1.json").read_text())
+    assert summary["elbo_per_token"]["last"] == float(last["elbo_per_token"])
+    assert not list((finished / "snapshots" / "em2").iterdir())
+    assert (finished / "metrics" / "figures" / "snapshots.png").is_file()
 
 
 @pytest.mark.timeout(3600)

@@ -78,7 +78,7 @@ def stage_settings() -> dict[str, Any]:
     """The settings class of each stage that has one."""
     from boltlm.corpus.split import SplitSettings
     from boltlm.estep.config import EStepSettings
-    from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
+    from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings, EvaluateSettings
     from boltlm.evaluation.finetune_config import FinetuneSettings
     from boltlm.reporting.arms import ReportSettings
     from boltlm.teachers.config import TeacherSettings
@@ -93,6 +93,7 @@ def stage_settings() -> dict[str, Any]:
         "latents": EStepSettings,
         "evaluate": EvaluateSettings,
         "evaluate_base": BaseEvaluateSettings,
+        "curves": CurveSettings,
         "finetune": FinetuneSettings,
         "figures": ReportSettings,
     }
@@ -114,6 +115,7 @@ def test_params_build_the_settings_of_every_stage(path: Path) -> None:
         "train": params["models"],
         "latents": params["latents"],
         "evaluate": params["models"],
+        "curves": params["curves"],
         "finetune": params["finetune"]["runs"],
     }
     for stage, kind in stage_settings().items():

@@ -65,6 +65,7 @@ def test_items_of_each_benchmark(tmp_path: Path) -> None:
     assert items["gsm8k"][0] == BenchmarkItem(
         item_id="gsm8k-test-00000",
         subject="",
+        level="",
         question="How many?",
         choices=(),
         solution="1 + 1 = <<1+1=2>>2\n#### 2",
@@ -72,6 +73,7 @@ def test_items_of_each_benchmark(tmp_path: Path) -> None:
     assert items["math"][0] == BenchmarkItem(
         item_id="math-counting_and_probability-test-00000",
         subject="counting_and_probability",
+        level="Level 5",
         question="Find $x_0$.",
         choices=(),
         solution="\\boxed{0}",
@@ -79,6 +81,7 @@ def test_items_of_each_benchmark(tmp_path: Path) -> None:
     assert items["mmlu_stem"][1] == BenchmarkItem(
         item_id="mmlu_stem-astronomy-test-00000",
         subject="astronomy",
+        level="",
         question="2?",
         choices=("w", "x", "y", "z"),
         solution="C",

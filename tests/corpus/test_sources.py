@@ -20,6 +20,7 @@ from boltlm.corpus.sources import (
     FilesSource,
     GSM8KSource,
     HubSource,
+    MATHSource,
     PieceColumns,
 )
 from boltlm.errors import UserError
@@ -59,7 +60,10 @@ def files_source(path: str) -> FilesSource:
 
 
 def files(
-    path: Path | str, columns: ColumnMapping = COLUMNS, shuffle_buffer: int = 0, seed: int = 1
+    path: Path | str,
+    columns: ColumnMapping = COLUMNS,
+    shuffle_buffer: int | None = 0,
+    seed: int = 1,
 ) -> list[Document]:
     config = FilesSource(
         kind="files", path=str(path), columns=columns, shuffle_buffer=shuffle_buffer
@@ -129,6 +133,7 @@ def test_a_large_buffer_shuffles_by_id_alone(tmp_path: Path) -> None:
     assert shuffled != [row["key"] for row in ROWS]
     assert ids(files(backward, shuffle_buffer=len(ROWS))) == shuffled
     assert ids(files(forward, shuffle_buffer=1000)) == shuffled
+    assert ids(files(backward, shuffle_buffer=None)) == shuffled
     assert ids(files(forward, shuffle_buffer=len(ROWS), seed=2)) != shuffled
 
 
@@ -248,6 +253,48 @@ def test_a_gsm8k_row_without_the_answer_mark_is_named(tmp_path: Path) -> None:
         list(sources.read_questions(gsm8k(tmp_path, [{"question": "x"}]), 1))
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"So $x = \boxed{2}$, not $\boxed{3}$.", "3"),
+        (r"$\boxed{\frac{1}{\sqrt{2}}}$ and $\frac{a}{b}$", r"\frac{1}{\sqrt{2}}"),
+        (r"It is $\boxed 7$, so 7.", "7"),
+        (r"It is $\boxed{ (-\infty, 3] }$", r"(-\infty, 3]"),
+    ],
+)
+def test_the_boxed_answer_of_a_solution(solution: str, answer: str) -> None:
+    """The last one, with nested braces."""
+    assert sources.boxed_answer(solution) == answer
+
+
+@pytest.mark.parametrize("solution", ["It is 7.", r"$\boxed{}$", r"$\boxed{1", r"\boxed"])
+def test_a_solution_without_an_answer_is_named(solution: str, tmp_path: Path) -> None:
+    """It would become a question without an answer."""
+    row = {"problem": "x?", "solution": solution, "type": "Algebra"}
+    path = write_jsonl(tmp_path / "math.jsonl", [row])
+    config = MATHSource(kind="math", path=str(path), split="train", shuffle_buffer=0)
+    with pytest.raises(UserError, match=r"MATH solution without an answer in .boxed"):
+        list(sources.read_documents(config, 1))
+
+
+def test_math_is_problem_answer_and_solution(tmp_path: Path) -> None:
+    """From a file; ids as those of the benchmark, but of the split `train`."""
+    solution = r"Adding, $1 + 1 = \boxed{2}$."
+    row = {"problem": "What is $1 + 1$?", "solution": solution, "type": "Algebra"}
+    path = write_jsonl(tmp_path / "math.jsonl", [row])
+    config = MATHSource(kind="math", path=str(path), split="train", shuffle_buffer=0)
+    assert list(sources.read_documents(config, 1)) == [
+        Document(
+            doc_id="math-algebra-train-00000",
+            text="What is $1 + 1$?\nFinal Answer: The final answer is $2$. I hope it is correct.",
+            source="math",
+            latent=solution,
+        )
+    ]
+    with pytest.raises(UserError, match="corpus kind 'math' has no questions"):
+        sources.read_questions(config, 1)
+
+
 def test_the_original_gsm8k_parses() -> None:
     """Every row of the original file has a derivation without annotations and a numeric answer."""
     path = tiny.SHARED / "eval" / "gsm8k_test.jsonl.gz"
@@ -363,6 +410,10 @@ def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
     assert ids(documents) == [f"r{i}" for i in range(5)]
     assert {document.text for document in documents} == {text}
     assert documents[0].thoughts == ("why one and two", "why one and two", "why three", None)
+    whole = replace(hub(str(tmp_path / "set")), shuffle_buffer=None)
+    shuffled = list(sources.read_documents(whole, seed=1))
+    assert shuffled != documents
+    assert sorted(shuffled, key=lambda document: document.doc_id) == documents
 
 
 def test_a_hub_data_set_that_does_not_exist_is_named(tmp_path: Path) -> None:

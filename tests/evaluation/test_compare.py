@@ -63,7 +63,8 @@ def write_model(
         write_shard(folder / "likelihood" / "held" / "00000.parquet", Sample, samples)
     answers = [
         TaskAnswer(
-            task="questions", prompts="standard", space="latent", subject="", question_id=f"q{q}",
+            task="questions", prompts="standard", space="latent", subject="", level="",
+            question_id=f"q{q}",
             cluster=f"c{q // 10}", cue=0, sample=sample, shots=0, lost_shots=0, prompt="p",
             completion="t 7.", thought="t",
             gold="7", grader="number", extracted="7", correct=bool(q % 10 < 10 * accuracy),
@@ -184,8 +185,8 @@ def test_graders_are_compared_on_one_model(tmp_path: Path) -> None:
     """Of a folder and itself: the answers about which two graders disagree, and no others."""
     answers = [
         TaskAnswer(
-            task="gsm8k", prompts="standard", space="raw", subject="", question_id=f"q{q}",
-            cluster=f"q{q}", cue=0, sample=0,
+            task="gsm8k", prompts="standard", space="raw", subject="", level="",
+            question_id=f"q{q}", cluster=f"q{q}", cue=0, sample=0,
             shots=8, lost_shots=0, prompt="p", completion="so 7", thought=None, gold="#### 7",
             grader=grader, extracted="7", correct=grader == "flexible" or q == 0,
         )

@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from boltlm.evaluation.downstream import TaskAnswer
 from boltlm.evaluation.fewshot import encode_prompt
 from boltlm.evaluation.finetune import FinetunePaths, accuracy_over_seeds, run_finetuning
 from boltlm.evaluation.finetune_config import FinetuneRun, FinetuneSettings
+from boltlm.evaluation.grading import grade
 from boltlm.evaluation.sft_data import build_examples, read_thoughts, split_heldout
 from boltlm.evaluation.task_spec import TaskName, ThoughtSpace
 from boltlm.evaluation.tasks import loading
 from boltlm.params import build_settings, load
-from boltlm.records import Document, Question, read_table, write_shard
+from boltlm.records import Document, Question, read_shard, read_table, write_shard
 from boltlm.sequences.sft import SFTExample
 from boltlm.tokens import EOL, PRIOR, SOL, TextCoder
 from boltlm.training.trainer import TrainResult, train_model
@@ -132,6 +133,30 @@ def test_examples_of_gsm8k(
     assert task_prompts(base_coder, "gsm8k", space, data_path) == [example.prompt]
 
 
+@pytest.mark.parametrize("space", ["latent", "raw"])
+def test_examples_of_math(space: ThoughtSpace, base_coder: TextCoder, tmp_path: Path) -> None:
+    """They have the wording of the task, prompts with the same ids, and an answer that the task's
+    grader accepts."""
+    problem, solution = "What is $1 + 1$?", r"It is $\boxed{\frac{4}{2}}$."
+    row = {"problem": problem, "solution": solution, "type": "Algebra", "level": "Level 1"}
+    data_path = tmp_path / "math.jsonl"
+    data_path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    source = sources.MATHSource(kind="math", path=str(data_path), split="train", shuffle_buffer=0)
+    documents = list(sources.read_documents(source, 1))
+    thoughts = read_thoughts(tmp_path / "split" / "em", documents)
+    run = finetune_run("math", space)
+    (example,) = list(build_examples(base_coder, documents, thoughts, run))
+    prompt = f"{BOS}Problem:\n{problem}\n\nSolution:"
+    answer = r" Final Answer: The final answer is $\frac{4}{2}$. I hope it is correct."
+    expected = prompt, f" {solution}{answer}{EOS}"
+    if space == "latent":
+        expected = f"{prompt}{SOL}{PRIOR}", f"{solution}{EOL}{answer}{EOS}"
+    assert decode_examples(base_coder, [example]) == [expected]
+    assert task_prompts(base_coder, "math", space, data_path) == [example.prompt]
+    assert grade("math", answer, solution)["math_verify"].correct
+    assert not grade("math", answer.replace("4", "5"), solution)["math_verify"].correct
+
+
 def test_the_held_out_documents_depend_on_seed_and_id_alone() -> None:
     """With other or more documents, each document stays on its side."""
     documents = [Document(doc_id=f"d{index}", text="x", source="s") for index in range(3000)]
@@ -149,9 +174,9 @@ def test_the_held_out_documents_depend_on_seed_and_id_alone() -> None:
 
 def answer_tables(correct_SQN: np.ndarray, grader: str, members: int = 1) -> list[list[TaskAnswer]]:
     """The answers of each seed with these verdicts, to clusters of this many questions."""
-    texts = ("task", "prompts", "space", "subject", "prompt", "completion", "gold", "extracted")
+    texts = ("task", "prompts", "space", "subject", "level", "prompt", "completion", "gold")
     values: dict[str, Any] = {"shots": 0, "lost_shots": 0, "thought": "", "grader": grader}
-    values |= dict.fromkeys(texts, "")
+    values |= dict.fromkeys((*texts, "extracted"), "")
     return [
         [
             TaskAnswer(
@@ -233,12 +258,9 @@ class SmallStage:
             ]
         )
         self.params = load(tiny.ROOT / "params.yaml")
-        self.params["evaluate"] |= {
-            "max_thought_tokens": 10,
-            "max_answer_tokens": 8,
-            "batch_size": 2,
-        }
+        self.params["evaluate"]["batch_size"] = 2
         section = self.params["finetune"]
+        section |= {"max_thought_tokens": 10, "max_answer_tokens": 8}
         section |= {"epochs": 8, "samples": 2, "heldout_fraction": 0.2, "temperature": 1.0}
         section["train"] |= {"learning_rate": 0.03, "precision": "float32", "checkpoint_every": 8}
         section["runs"] = {"one": RUN}
@@ -325,6 +347,26 @@ def test_the_held_out_loss(small: SmallStage, monkeypatch: pytest.MonkeyPatch) -
     assert {count for _, count in losses} == {metrics["val_examples"]}
     expected = np.mean([loss for loss, _ in losses])
     assert metrics["val_nll_per_token"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_examples_longer_than_the_window_are_left_out(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are counted, on both sides of the split; a run without any other example is an error."""
+    small = SmallStage(tmp_path, base_folder, heldout_fraction=0.5)
+    shard = small.split / "em" / "0.parquet"
+    pages = read_shard(shard, Document)
+    long = {"Ann-0", "Ann-1", "Ann-2", "Bob-0", "Bob-1"}
+    pages = [replace(p, latent="1" * 200) if p.doc_id in long else p for p in pages]
+    write_shard(shard, Document, pages)
+    monkeypatch.setattr(stage, "train_model", lambda *_, **__: TrainResult(0, 0, None))
+    metrics, _ = small.run()
+    assert metrics["dropped_too_long"] == len(long & {page.doc_id for page in pages}) > 0
+    assert metrics["examples"] + metrics["val_examples"] == 24 - metrics["dropped_too_long"]
+    assert metrics["documents_without_thought"] == 0
+    write_shard(shard, Document, [replace(page, latent="1" * 200) for page in pages])
+    with pytest.raises(UserError, match="no training document fits the context window"):
+        small.run()
 
 
 def test_nothing_is_computed_twice(small: SmallStage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,35 @@ def test_each_term_has_its_column_and_sign() -> None:
     assert metrics["elbo_per_token"] == pytest.approx((first - 50.0) / (5 + 6))
 
 
+def test_the_terms_per_document_by_hand() -> None:
+    """Sums over the chunks of a document, in whatever order their ids sort, then the mean over
+    documents; the error is over clusters of documents, here {b} and {a, c}."""
+    terms = {
+        "b": [(-1.0, -2.0, -4.0), (-3.0, -4.0, -8.0)],
+        "a": [(-10.0, -20.0, -40.0)],
+        "c": [(-2.0, -2.0, -2.0), (-1.0, -1.0, -1.0), (-1.0, -3.0, -5.0)],
+    }
+    groups = [
+        [sample(d, c, k, parts) for k in range(2)]
+        for d, chunks in terms.items()
+        for c, parts in enumerate(chunks)
+    ]
+    clusters = {"b": "first", "a": "second", "c": "second"}
+    metrics = elbo_metrics(groups, [5] * len(groups), [1, 2], clusters)
+    expected = {
+        "utility": (-12.0, -40.0, -8.0),
+        "simplicity": (-6.0, -20.0, -6.0),
+        "diversity": (4.0, 10.0, 4.0),
+        "elbo_k1": (-14.0, -50.0, -10.0),
+    }
+    for name, (b, a, c) in expected.items():
+        mean = (a + b + c) / 3
+        assert metrics[f"{name}_per_document"] == pytest.approx(mean)
+        variance = 2 * ((b - mean) ** 2 + (a + c - 2 * mean) ** 2)
+        error = metrics[f"{name}_per_document_se"]
+        assert error == pytest.approx(math.sqrt(variance) / 3)
+
+
 WINDOW = 9
 
 

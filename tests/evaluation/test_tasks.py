@@ -354,9 +354,9 @@ def test_accuracies_by_hand_and_by_lm_eval(items: str, wide: Path) -> None:
 def answer(question_id: str, correct: bool, **changes: Any) -> TaskAnswer:
     return TaskAnswer(
         **{
-            "task": "gsm8k", "prompts": "standard", "space": "raw", "subject": "", "sample": 0,
-            "shots": 8, "lost_shots": 0, "prompt": "Q", "completion": "A", "thought": None,
-            "gold": "1", "grader": "flexible", "extracted": None,
+            "task": "gsm8k", "prompts": "standard", "space": "raw", "subject": "", "level": "",
+            "sample": 0, "shots": 8, "lost_shots": 0, "prompt": "Q", "completion": "A",
+            "thought": None, "gold": "1", "grader": "flexible", "extracted": None,
             "question_id": question_id, "cluster": question_id, "cue": 0, "correct": correct,
             **changes,
         }
@@ -372,6 +372,46 @@ def test_accuracy_and_its_error() -> None:
     mean, error, clusters = mean_accuracy(answers[:2])
     assert (mean, clusters) == (0.5, 1)
     assert math.isnan(error)
+
+
+def test_accuracy_by_subject_and_level(wide: Path, tmp_path: Path) -> None:
+    """MATH: each problem of the table has its subject and level, and the accuracies of groups have
+    the errors and the numbers of questions of these groups alone."""
+    kinds = [("Algebra", 1), ("Algebra", 5), ("Geometry", 1), ("Algebra", 1), ("Geometry", 1)]
+    rows = [
+        {"problem": "1 + 1?", "solution": r"$\boxed{2}$", "type": kind, "level": f"Level {level}"}
+        for kind, level in kinds
+    ]
+    options = TaskOptions(
+        data_path=upstream.write(tmp_path, "math", rows), tokenizer=wide, max_answer_tokens=9
+    )
+    texts = [f"Final Answer: The final answer is ${n}$." for n in (2, 3, 2, 3, 2)]
+    spec = TaskSpec.parse("math/standard/raw")
+    answers = downstream.run_task(scripted(texts), spec, options)
+    table = [(a.subject, a.level, a.correct) for a in answers]
+    algebra = [("Level 1", True), ("Level 5", False), ("Level 1", False)]
+    geometry = [("Level 1", True), ("Level 1", True)]
+    assert sorted(table) == sorted(
+        [("algebra", *row) for row in algebra] + [("geometry", *row) for row in geometry]
+    )
+    metrics = task_metrics(answers, "tests")
+    accuracy = {key.split("accuracy_by_")[1]: v for key, v in metrics.items() if "y_by_" in key}
+    assert accuracy == pytest.approx(
+        {
+            "subject/algebra": 1 / 3,
+            "subject/algebra_se": np.std([1, 0, 0], ddof=1) / math.sqrt(3),
+            "subject/geometry": 1,
+            "subject/geometry_se": 0,
+            "level/Level 1": 3 / 4,
+            "level/Level 1_se": np.std([1, 0, 1, 1], ddof=1) / 2,
+            "level/Level 5": 0,
+            "level/Level 5_se": math.nan,
+        },
+        nan_ok=True,
+    )
+    counts = {key.split("questions_by_")[1]: v for key, v in metrics.items() if "s_by_" in key}
+    expected = {"subject/algebra": 3, "subject/geometry": 2, "level/Level 1": 4, "level/Level 5": 1}
+    assert counts == expected
 
 
 def test_repeated_problems_add_no_certainty() -> None:

@@ -40,11 +40,13 @@ def report_params(
 ) -> dict[str, Any]:
     """Params of these models; `latents`: the model that sampled each entry of `latents`."""
     return {
-        "corpora": {name: {} for name in CORPORA},
+        "corpora": {name: {} for name in (*CORPORA, "heldout")},
         "teachers": {"some": {}, "all": {}},
         **{key: load(ROOT / "params.yaml")[key] for key in ("train", "model_defaults", "estep")},
         "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),
+        "evaluate": load(ROOT / "params.yaml")["evaluate"],
+        "curves": {},
         "finetune": {"runs": dict(runs or {})},
     }
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from boltlm.reporting import curves, iterations
 from boltlm.reporting.plotting import Plot
 from boltlm.reporting.report import write_report
-from boltlm.reporting.results import Results, read_results
+from boltlm.reporting.results import Results, read_results, run_points
 from tests.reporting.experiment import chain_params, model, report_settings, write_metrics
 
 LAPTOP = ("warmstart", "em1", "em2", "em3", "em4")
@@ -200,6 +200,50 @@ def test_validation_curves_show_the_values_and_the_best_so_far(tmp_path: Path) -
     assert (better["value"], better["best"]) == ("1.75", "1.75")
     assert points["mix", "val_elbo", "300.0"]["best"] == "-4.0"
     assert ("plain", "val_elbo", "300.0") not in points
+
+
+def test_curves_of_snapshots_by_training_tokens_and_by_raw_tokens(tmp_path: Path) -> None:
+    """Every point with its error, and the best value so far: of an NLL the lowest. Two panels for
+    each metric that has a better and a worse; without entries of `curves` there is no figure and
+    no word of it."""
+    params = chain_params(LAPTOP)
+    write_metrics(params, tmp_path)
+    assert "napshots" not in (write_figures(params, tmp_path) / "report.md").read_text()
+    entry = {"likelihood": True, "documents": None, "evaluate": {}}
+    params["curves"] = {"em1": entry, "plain": entry}
+    text = (write_figures(params, tmp_path) / "report.md").read_text()
+    assert "no snapshots were evaluated" in text
+    lines = {
+        "em1": ["4,400,300,elbo_per_token,-2.0,0.5", "8,800,600,elbo_per_token,-3.0,0.25"],
+        "plain": ["4,400,390,nll_per_token,1.5,0.5", "8,800,780,nll_per_token,1.25,"],
+    }
+    (tmp_path / "metrics/curves").mkdir()
+    for name, rows in lines.items():
+        text = "\n".join(["step,tokens,raw_tokens,metric,value,se", *rows, "8,800,1,diversity,3,"])
+        (tmp_path / f"metrics/curves/{name}.csv").write_text(text + "\n")
+    out = write_figures(params, tmp_path)
+    found = {(row["model"], row["step"]): row for row in read_rows(out / "snapshots.csv")}
+    for name, rows in lines.items():
+        for line in rows:
+            row = found[name, line[0]]
+            assert [row[field] for field in ("step", "tokens", "raw_tokens", "metric")] == (
+                line.split(",")[:4]
+            )
+            assert [row["value"], row["se"]] == line.split(",")[4:]
+    assert [found["em1", step]["best"] for step in "48"] == ["-2.0", "-2.0"]
+    assert [found["plain", step]["best"] for step in "48"] == ["1.5", "1.25"]
+    assert len(found) == 4
+    plot = curves.plot_snapshots(results_of(params, tmp_path))
+    assert isinstance(plot, Plot)
+    panels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in plot.figure.axes]
+    assert panels == [
+        (label, metric)
+        for label in ("training tokens", "raw tokens seen")
+        for metric in ("elbo_per_token", "nll_per_token")
+    ]
+    best = plot.figure.axes[2].lines[-1].get_xydata()
+    assert np.asarray(best).tolist() == [[300, -2], [600, -2]]
+    assert ("elbo_per_token", -3.0, 8) in run_points(results_of(params, tmp_path))["curves/em1"]
 
 
 def test_the_base_model_is_a_row_and_a_control(tmp_path: Path) -> None:

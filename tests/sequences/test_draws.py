@@ -246,7 +246,7 @@ def test_an_epoch_has_every_latent_with_its_weight(tmp_path: Path) -> None:
     """Each latent of a chunk in a row of its own, shuffled; those without weight have no row."""
     corpus = store.write_documents(tmp_path / "documents", weighted_documents())
     source = SequenceSource(corpus, make_formatter(draws="weighted", layout="chunk"))
-    segments = [(tuple(tokens.tolist()), w) for tokens, w in source.segments(1, tmp_path)]
+    segments = [(tuple(s.tokens.tolist()), s.loss_weight) for s in source.segments(1, tmp_path)]
     rows = [row for d in range(9) for row in expected_rows(f"d{d}", 1)]
     assert Counter(segments) == Counter(rows)
     assert segments != rows

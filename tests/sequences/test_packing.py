@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from boltlm.errors import UserError
 from boltlm.seeds import generator
-from boltlm.sequences import layouts, packing, store
+from boltlm.sequences import layouts, mixing, packing, store
 from boltlm.sequences.formatter import SequenceFormatter
-from boltlm.sequences.layouts import LatentPair, SequenceConfig
-from boltlm.sequences.packing import IGNORE_INDEX, PackedDataset, SequenceSource
+from boltlm.sequences.layouts import LatentPair, MixUnit, SequenceConfig
+from boltlm.sequences.mixing import SequenceSource
+from boltlm.sequences.packing import IGNORE_INDEX, PackedDataset
 from boltlm.sequences.store import DocumentStore, TokenizedDocument
 from boltlm.tokens import SpecialTokens
 
@@ -62,7 +63,7 @@ def epoch_tokens(
 ) -> np.ndarray:
     """All tokens of one epoch, in its order."""
     segments = SequenceSource(corpus, formatter).segments(epoch, scratch)
-    return np.concatenate([tokens for tokens, _ in segments])
+    return np.concatenate([segment.tokens for segment in segments])
 
 
 def segments_in_order(
@@ -76,8 +77,9 @@ def segments_in_order(
     return [np.concatenate(pieces).tolist() for pieces in segments if pieces]
 
 
-def pack(folder: Path, sources: Sequence[SequenceSource], **options: int | None) -> PackedDataset:
-    """The sources packed with sequences of 8 tokens. `options`: epochs, tokens, vocab_size."""
+def pack(folder: Path, sources: Sequence[SequenceSource], **options: Any) -> PackedDataset:
+    """The sources packed with sequences of 8 tokens. `options`: epochs, tokens, vocab_size,
+    mix_unit."""
     complete: dict[str, Any] = {"vocab_size": 2000, "epochs": None, "tokens": None, **options}
     return packing.pack_sequences(lambda _: sources, folder, sequence_length=8, seed=1, **complete)
 
@@ -237,6 +239,27 @@ def test_sources_keep_their_weights(weight: float, tmp_path: Path) -> None:
     assert sorted(raw_segments[:25]) == sorted(first_raw_epoch)
 
 
+def test_sources_are_mixed_by_documents(tmp_path: Path) -> None:
+    """A quarter of the documents by hand: after every three documents of ten tokens one of four,
+    whatever their lengths; by tokens the same share needs more of the short ones."""
+    long = [TokenizedDocument(f"l{d}", (LatentPair([d] * 8, None),)) for d in range(9)]
+    short = [TokenizedDocument(f"s{d}", (LatentPair([900 + d] * 2, None),)) for d in range(5)]
+    formatter = make_formatter(sequence_format="raw")
+    main = SequenceSource(make_store(tmp_path / "a", long), formatter, 0.75)
+    raw = SequenceSource(make_store(tmp_path / "b", short), formatter, 0.25)
+    counts = {}
+    for unit in get_args(MixUnit):
+        segments = mixing.interleave([main, raw], tmp_path, 1, unit)
+        lengths = [len(segment.tokens) for segment in segments]
+        counts[unit] = lengths.count(10), lengths.count(4)
+        if unit == "documents":
+            # Documents of the first source, then one of the second as soon as it lags behind.
+            assert lengths == [10, 4, 10, 10] + [10, 4, 10, 10] * 2
+    assert counts == {"documents": (9, 3), "tokens": (9, 8)}
+    by_documents = pack(tmp_path / "packed", [main, raw], epochs=1, mix_unit="documents")
+    assert len(by_documents.tokens) == 9 * 10 + 3 * 4
+
+
 def test_modes_are_fair_coins() -> None:
     """docs/method.md 3.1: half of the chunks train p, half train q; within 4 standard deviations
     of 20,000 draws. Successive draws are independent."""
@@ -342,7 +365,7 @@ def test_a_stream_is_the_same_in_every_version(
 def test_the_layout_document_has_a_loss_on_every_token() -> None:
     """No token is repeated in it, so there is nothing to leave out."""
     with pytest.raises(UserError, match="context_loss must be true with the layout document"):
-        SequenceConfig(sequence_length=8, layout="document", context_loss=False)
+        SequenceConfig(sequence_length=8, layout="document", context_loss=False, mix_unit="tokens")
 
 
 def test_context_stops_at_the_start_of_the_document(tmp_path: Path) -> None:
@@ -430,7 +453,7 @@ def test_two_sources_of_one_corpus_have_different_orders(tmp_path: Path) -> None
     corpus = make_store(tmp_path, make_documents(50))
     formatter = make_formatter(sequence_format="raw")
     first, second = (
-        split_at_bos(np.concatenate([tokens for tokens, _ in source.segments(0, tmp_path)]))
+        split_at_bos(np.concatenate([segment.tokens for segment in source.segments(0, tmp_path)]))
         for source in (
             SequenceSource(corpus, formatter, 0.5, ()),
             SequenceSource(corpus, formatter, 0.5, ("raw",)),
@@ -453,4 +476,4 @@ def test_a_budget_is_either_epochs_or_tokens(
 def test_a_sequence_has_two_tokens_or_more() -> None:
     """In a sequence of one token, nothing follows from what stands before."""
     with pytest.raises(UserError, match="sequence_length must be 2 or more, found 1"):
-        SequenceConfig(sequence_length=1, layout="document", context_loss=True)
+        SequenceConfig(sequence_length=1, layout="document", context_loss=True, mix_unit="tokens")

@@ -6,7 +6,7 @@ import pytest
 
 from boltlm.errors import UserError
 from boltlm.evaluation.finetune_config import FinetuneRun
-from boltlm.evaluation.sft_data import build_examples, read_thoughts
+from boltlm.evaluation.sft_data import build_examples, fits_window, read_thoughts
 from boltlm.evaluation.task_spec import TaskName
 from boltlm.records import Document, Paraphrase, read_table
 from boltlm.teachers.prompts import PromptTemplate
@@ -107,8 +107,8 @@ def test_thoughts_become_fine_tuning_examples(
 
 
 def test_documents_that_cannot_become_examples_are_errors(base_coder: TextCoder) -> None:
-    """An example that exactly fills the context window is accepted, a longer one is an error, and
-    so is a document without a question."""
+    """An example that exactly fills the context window fits, a longer one does not; a document
+    without a question is an error."""
     run = FinetuneRun(model="m", corpus="em", data="teacher/t", task="questions", space="latent")
     documents = [Document(doc_id="d", text="Al asks. It is B.", source="t")]
     assert not list(build_examples(base_coder, documents, {"other": ["a"]}, run))
@@ -120,9 +120,9 @@ def test_documents_that_cannot_become_examples_are_errors(base_coder: TextCoder)
             list(build_examples(base_coder, incomplete, {"incomplete": ["a"]}, task_run))
     (example,) = build_examples(base_coder, documents, {"d": ["1"]}, run)
     num_free = base_coder.context_length - len(example.prompt) - len(example.completion)
-    assert list(build_examples(base_coder, documents, {"d": ["1" * (1 + num_free)]}, run))
-    with pytest.raises(UserError, match=r"'d' .* 129 tokens, .* 128; remove the document"):
-        list(build_examples(base_coder, documents, {"d": ["1" * (2 + num_free)]}, run))
+    for num_characters, fits in ((1 + num_free, True), (2 + num_free, False)):
+        (example,) = build_examples(base_coder, documents, {"d": ["1" * num_characters]}, run)
+        assert fits_window(base_coder, example) == fits
 
 
 def test_the_prompt_keeps_the_answer_out_of_the_thoughts(stage: TeacherStage) -> None:

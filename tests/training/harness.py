@@ -173,6 +173,7 @@ class TrainStage:
             "out": self.folder / name,
             "csv": self.folder / f"{name}.csv",
             "metrics": self.folder / f"{name}.json",
+            "snapshots": self.folder / f"{name}-snapshots",
             "db": self.folder / "mlflow.db",
             "artifacts": self.folder / "artifacts",
         }.items():

@@ -222,11 +222,13 @@ def kill_after(stage: TrainStage, name: str, step: int) -> int:
 
 
 def test_the_stage_survives_sigkill(base_folder: Path, tmp_path: Path) -> None:
-    """Three kills at different steps; then the log and the bytes of the model are those of a run
-    that was not disturbed, and the work folder holds no checkpoint."""
+    """Three kills at different steps; then the log and the bytes of the model and of its snapshots
+    are those of a run that was not disturbed, and the work folder holds no checkpoint."""
     chunks = write_random_chunks(tmp_path / "chunks", documents=1200, tokens=60, max_id=200)
     budget = {"kind": "epochs", "amount": 1}
-    params = raw_run_params(budget, 64, batch_size=2, log_every=1, checkpoint_every=5)
+    options = {"batch_size": 2, "log_every": 1, "checkpoint_every": 5}
+    snapshots = {"every": 7, "precision": "bfloat16"}
+    params = raw_run_params(budget, 64, **options, snapshots=snapshots)
     stage = TrainStage(tmp_path, base_folder, chunks, params)
     undisturbed = stage.start("undisturbed")
     last_step = 0
@@ -236,5 +238,7 @@ def test_the_stage_survives_sigkill(base_folder: Path, tmp_path: Path) -> None:
     assert undisturbed.wait() == 0
     assert log == read_log(tmp_path / "undisturbed.csv")
     assert len(log) > last_step
-    assert hash_path(tmp_path / "killed") == hash_path(tmp_path / "undisturbed")
+    for part in ("", "-snapshots"):
+        assert hash_path(tmp_path / f"killed{part}") == hash_path(tmp_path / f"undisturbed{part}")
+    assert len(list((tmp_path / "killed-snapshots").iterdir())) == -(-len(log) // 7)
     assert not list((tmp_path / "killed-work").rglob("*.pt"))

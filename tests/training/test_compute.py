@@ -63,6 +63,7 @@ class Experiment:
             csv=self.folder / f"{name}.csv",
             timing=self.folder / "timings" / f"{name}.json",
             metrics=self.folder / f"{name}.json",
+            snapshots=self.folder / "snapshots" / name,
         )
         run_training(settings, paths)
         return read_compute(out), json.loads(paths.metrics.read_text("utf-8"))

@@ -16,6 +16,7 @@ from boltlm.training import checkpointing, job
 from boltlm.training.config import TrainSettings
 from boltlm.training.continual import OPTIMIZER_FILE
 from boltlm.training.run import TrainPaths, run_training
+from boltlm.training.trainer import Trainer
 from tests import tiny
 from tests.training.harness import (
     Batch,
@@ -23,6 +24,7 @@ from tests.training.harness import (
     plain_loop,
     raw_run_params,
     read_log,
+    same_weights,
     write_random_chunks,
 )
 
@@ -45,25 +47,28 @@ def train_run(chunks: Path, parent: Path, out: Path, seed: int, **changes: Any) 
     budget = {"kind": "steps", "amount": STEPS}
     params = raw_run_params(budget, SEQUENCE_LENGTH, **train) | {"seed": seed}
     reports = out.with_suffix(".csv"), out.with_suffix(".timing"), out.with_suffix(".json")
+    snapshots = out.with_suffix(".snapshots")
     run_training(
         build_settings(TrainSettings, params, name="arm"),
-        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, *reports),
+        TrainPaths(parent, chunks, chunks, chunks, out / "work", out, *reports, snapshots),
     )
     return out
 
 
-def batches_of_run(tmp_path: Path, chunks: Path, base: Path, seed: int) -> list[Batch]:
+def batches_of_run(
+    tmp_path: Path, chunks: Path, base: Path, seed: int, batch_size: int = BATCH_SIZE
+) -> list[Batch]:
     """The batches that `train_run` trains on."""
     batches: list[Batch] = []
 
     def record(_: Any, dataset: PackedDataset, *_args: Any, **_named: Any) -> None:
-        batches.extend(dataset.batch(step, BATCH_SIZE) for step in range(STEPS))
+        batches.extend(dataset.batch(step, batch_size) for step in range(STEPS))
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "train_model", record)
         with pytest.raises(InterruptedError):
-            train_run(chunks, base, tmp_path / f"recorded-{seed}", seed)
+            train_run(chunks, base, tmp_path / f"recorded-{seed}", seed, batch_size=batch_size)
     return batches
 
 
@@ -100,6 +105,45 @@ def test_a_chain_equals_one_long_run_with_a_single_decay(
     tokens = [read_facts(folder / name)["tokens"] for name in ("predecay", "final")]
     batch_tokens = BATCH_SIZE * SEQUENCE_LENGTH
     assert tokens == [3 * stable * batch_tokens, (2 * stable + STEPS) * batch_tokens]
+
+
+def test_the_batch_size_may_change_between_runs(
+    chunks: Path, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm start of half the batch, as the paper's: the same weights as of a plain loop over the
+    small and then the large batches, and exactly the same after a kill and a resumption."""
+    sizes = {1: BATCH_SIZE, 2: 2 * BATCH_SIZE}
+    parent = train_run(chunks, base_folder, tmp_path / "c1", 1)
+    doubled = {"batch_size": sizes[2], "checkpoint_every": 2}
+    out = train_run(chunks, parent, tmp_path / "c2", 2, **doubled)
+    stable = STEPS * 3 // 4
+    recorded = [batches_of_run(tmp_path, chunks, base_folder, s, size) for s, size in sizes.items()]
+    batches = [batch for run_batches in recorded for batch in run_batches[:stable]]
+    assert {len(batch[0]) for batch in batches} == set(sizes.values())
+    config = tiny.train_config(weight_decay=0.01)
+    rates = [RATE / 3, RATE * 2 / 3] + [RATE] * (2 * stable - 2)
+    start = checkpoint.load_model(base_folder)
+    expected, _, _ = plain_loop(config, model=start, batches=batches, rates=rates)
+    model = checkpoint.load_model(out / "predecay")
+    for weight, expected_weight in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected_weight, atol=2e-5, rtol=1e-4)
+    assert read_facts(out / "final")["batch_size"] == sizes[2]
+    # The run is killed at its sixth step, after its checkpoint of the fourth, and started again.
+    train_step = Trainer.train_step
+
+    def killed(trainer: Trainer, step: int, *arguments: Any) -> tuple[float, int]:
+        if step == 5:
+            raise InterruptedError
+        return train_step(trainer, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        with pytest.raises(InterruptedError):
+            train_run(chunks, parent, tmp_path / "killed", 2, **doubled)
+    resumed = train_run(chunks, parent, tmp_path / "killed", 2, **doubled)
+    for name in ("predecay", "final"):
+        one, other = checkpoint.load_model(out / name), checkpoint.load_model(resumed / name)
+        assert same_weights(one, other)
 
 
 def test_a_cosine_run_starts_from_the_final_weights(

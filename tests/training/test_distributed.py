@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from boltlm import checkpoint
 from tests.training.harness import TrainStage, column, raw_run_params, write_random_chunks
@@ -36,8 +37,9 @@ def test_two_processes_train_like_one(
     launcher: list[str], base_folder: Path, tmp_path: Path
 ) -> None:
     """The same global batch (5 sequences, so one process gets padding): losses within 10⁻⁵, and the
-    checkpoint, written as complete tensors, loads in a single process with the same logits."""
-    stage = train_stage(tmp_path, base_folder)
+    checkpoint, written as complete tensors, loads in a single process with the same logits. So
+    does a snapshot of an earlier step; the last one is the model that is published."""
+    stage = train_stage(tmp_path, base_folder, snapshots={"every": 4, "precision": "float32"})
     expected, log = stage.run("single"), stage.run("double", launcher)
     assert len(expected) == len(log) == 10
     assert expected[0]["loss"] - expected[-1]["loss"] > 0.01
@@ -51,6 +53,18 @@ def test_two_processes_train_like_one(
         single, double, start = (checkpoint.load_model(f)(input_ids=ids_BL).logits for f in folders)
     torch.testing.assert_close(double, single, atol=1e-4, rtol=1e-4)
     assert (double - start).abs().max() > 1e-2
+    one, two = (tmp_path / f"{name}-snapshots" for name in ("single", "double"))
+    steps = ["step-000000004", "step-000000008", "step-000000010"]
+    assert sorted(path.name for path in two.iterdir()) == steps
+    for step in steps:
+        weights, expected_weights = (load_file(f / step / "model.safetensors") for f in (two, one))
+        for name, weight in expected_weights.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
+        assert (two / step / "training.json").read_bytes() == (
+            one / step / "training.json"
+        ).read_bytes()
+    last = two / "step-000000010" / "model.safetensors"
+    assert last.read_bytes() == (tmp_path / "double" / "model.safetensors").read_bytes()
     files = [{path.name for path in folder.iterdir()} for folder in folders[:2]]
     assert files[0] == files[1]
 

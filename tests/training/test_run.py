@@ -71,6 +71,7 @@ def run_model(
     latents: str = "teacher/latents",
     layout: str = "document",
     mixed: str = "chunks",
+    mix_unit: str = "tokens",
     sequence_length: int = SEQUENCE_LENGTH,
     train: dict[str, Any] | None = None,
     **entry: Any,
@@ -82,6 +83,7 @@ def run_model(
     params["seed"] = 1
     params["train"] |= {"precision": "float32", "batch_size": BATCH_SIZE, "log_every": 1}
     params["sequences"] |= {"sequence_length": sequence_length, "layout": layout}
+    params["sequences"]["mix_unit"] = mix_unit
     params["models"] = {
         "arm": {
             "parent": "base",
@@ -104,6 +106,7 @@ def run_model(
         csv=out / "log.csv",
         timing=out / "timing.json",
         metrics=out / "metrics.json",
+        snapshots=out / "snapshots",
     )
     run_training(build_settings(TrainSettings, params, name="arm"), paths)
     return json.loads((out / "model" / "training.json").read_text("utf-8"))
@@ -190,6 +193,23 @@ def test_paraphrases_are_mixed_with_raw_documents(
         data, base_folder, tmp_path / "b", "paraphrase", budget, latents="teacher/wrap", mix_raw=0.5
     )
     assert abs(mixed["tokens"] - 2 * alone["tokens"]) <= 40  # one document of the corpus
+    by_documents = run_model(
+        data,
+        base_folder,
+        tmp_path / "d",
+        "paraphrase",
+        budget,
+        latents="teacher/wrap",
+        mix_raw=0.5,
+        mix_unit="documents",
+    )
+    # As many documents of the corpus as paraphrases: four epochs of its six.
+    raw_tokens = epoch_tokens(data, base_folder, tmp_path, "raw", 4)
+    assert by_documents["tokens"] == alone["tokens"] + raw_tokens
+    with pytest.raises(UserError, match=r"mix_unit documents cannot count"):
+        run_model(
+            data, base_folder, tmp_path / "e", "mixed", budget, mix_raw=0.5, mix_unit="documents"
+        )
     with pytest.raises(UserError, match=r"mix_raw must be 0 where the format is raw"):
         run_model(data, base_folder, tmp_path / "c", "raw", budget, mix_raw=0.5)
 

@@ -51,13 +51,15 @@ class BenchmarkItem:
     """A question of a benchmark with its gold solution.
 
     `item_id`: the row's own `id`, or else the benchmark, subject, split and the item's number
-    within the subject. `subject`: the name of the hub's config; empty for GSM8K. `choices`: four in
-    MMLU, none elsewhere. `solution`: as the data set has it, which is GSM8K's complete `answer`,
-    MATH's `solution` or the letter of MMLU's correct choice.
+    within the subject. `subject`: the name of the hub's config; empty for GSM8K. `level`: the
+    difficulty of a problem of MATH, such as "Level 5"; empty where the row has none. `choices`:
+    four in MMLU, none elsewhere. `solution`: as the data set has it, which is GSM8K's complete
+    `answer`, MATH's `solution` or the letter of MMLU's correct choice.
     """
 
     item_id: str
     subject: str
+    level: str
     question: str
     choices: tuple[str, ...]
     solution: str
@@ -177,5 +179,10 @@ def _item(
     parts = (name, *([subject] if subject else []), split, f"{number:05d}")
     item_id = str(row["id"]) if "id" in row else "-".join(parts)
     return BenchmarkItem(
-        item_id=item_id, subject=subject, question=question, choices=choices, solution=solution
+        item_id=item_id,
+        subject=subject,
+        level=str(row.get("level") or "") if name == "math" else "",
+        question=question,
+        choices=choices,
+        solution=solution,
     )

@@ -1,4 +1,4 @@
-"""Where documents come from: generated pages, files, a data set of the hub, or GSM8K."""
+"""Where documents come from: generated pages, files, a data set of the hub, GSM8K or MATH."""
 
 import bisect
 import glob
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from boltlm.corpus.benchmarks import BenchmarkItem, read_benchmark
 from boltlm.corpus.chunks import split_sentences
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
 from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, stream_hub
+from boltlm.corpus.shuffle import shuffled
 from boltlm.errors import UserError
 from boltlm.records import Document, Question
-from boltlm.seeds import uniform
 
 GSM8K_STEM = "The answer is"
 
@@ -48,13 +49,14 @@ class FilesSource:
     """JSONL (also .gz) or Parquet files, given by a path or a glob pattern.
 
     `shuffle_buffer`: number of documents in the shuffle buffer. 0 leaves the documents in file
-    order; a buffer as large as the corpus shuffles it uniformly.
+    order; a buffer as large as the source shuffles it uniformly, and so does null, with sorted
+    temporary files in place of the buffer.
     """
 
     kind: Literal["files"]
     path: str
     columns: ColumnMapping
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +69,7 @@ class HubSource:
     config: str | None
     split: str
     columns: ColumnMapping
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,15 +81,27 @@ class GSM8KSource:
     kind: Literal["gsm8k"]
     path: str
     split: Literal["train", "test"]
-    shuffle_buffer: int
+    shuffle_buffer: int | None
 
 
-CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MATHSource:
+    """MATH: the problem and the final answer are the text, the human-written solution is the
+    latent. `path`: JSONL (also .gz) or Parquet files, or the data set's name on the hub, which may
+    end in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
+
+    kind: Literal["math"]
+    path: str
+    split: Literal["train", "test"]
+    shuffle_buffer: int | None
+
+
+CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource | MATHSource
 
 
 def local_path(config: CorpusSource) -> str | None:
     """The path or glob pattern of the local files that a source reads, if it reads any."""
-    if isinstance(config, GSM8KSource):
+    if isinstance(config, GSM8KSource | MATHSource):
         return config.path if is_file_name(config.path) else None
     return config.path if isinstance(config, FilesSource) else None
 
@@ -102,12 +116,15 @@ def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
         documents = generate_documents(config, seed)
     elif isinstance(config, GSM8KSource):
         documents = (_gsm8k_document(row, i, config.split) for i, row in _gsm8k_rows(config))
+    elif isinstance(config, MATHSource):
+        items = read_benchmark("math", config.path, config.split)
+        documents = map(_math_document, items)
     elif isinstance(config, FilesSource):
         documents = _file_documents(config)
     else:
         rows = stream_hub(config.name, config.config, config.split)
         documents = _mapped_documents(rows, config.columns, config.name)
-    return _shuffled(documents, config.shuffle_buffer, seed)
+    return shuffled(documents, config.shuffle_buffer, seed)
 
 
 def read_questions(config: CorpusSource, seed: int) -> Iterator[Question]:
@@ -135,24 +152,6 @@ def parse_gsm8k_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def format_gsm8k_answer(answer: str) -> str:
     """The sentence in which a GSM8K document states its final answer."""
     return f"{GSM8K_STEM} {answer}."
-
-
-def _shuffled(documents: Iterable[Document], size: int, seed: int) -> Iterator[Document]:
-    """The documents shuffled through a buffer of `size`, by random numbers that depend on their
-    ids: each document that arrives replaces one in the full buffer, which is yielded. Those still
-    in the buffer at the end are sorted by their random numbers."""
-    if size == 0:
-        yield from documents
-        return
-    buffer: list[Document] = []
-    for document in documents:
-        if len(buffer) < size:
-            buffer.append(document)
-            continue
-        index = int(uniform(seed, "place", document.doc_id) * size)
-        replaced, buffer[index] = buffer[index], document
-        yield replaced
-    yield from sorted(buffer, key=lambda document: uniform(seed, "order", document.doc_id))
 
 
 def _file_documents(config: FilesSource) -> Iterator[Document]:
@@ -250,4 +249,32 @@ def _gsm8k_question(row: Mapping[str, Any], index: int, split: str) -> Question:
         stem=GSM8K_STEM,
         answer=answer,
         latent=derivation,
+    )
+
+
+def boxed_answer(solution: str) -> str:
+    r"""The final answer of a solution of MATH: what is in its last \boxed{…}, or after its last
+    \boxed up to the end of the formula. Raises UserError where there is none."""
+    _, mark, rest = solution.rpartition(r"\boxed")
+    if rest.startswith("{"):
+        depths = itertools.accumulate(
+            rest, lambda depth, c: depth + (c == "{") - (c == "}"), initial=0
+        )
+        ends = (end for end, depth in enumerate(depths) if end and depth == 0)
+        answer = rest[1 : next(ends, 0) - 1]
+    else:
+        answer = rest.partition("$")[0]
+    if not (mark and answer.strip()):
+        raise UserError(rf"MATH solution without an answer in \boxed: {solution[-60:]!r}")
+    return answer.strip()
+
+
+def _math_document(item: BenchmarkItem) -> Document:
+    """A problem, and its answer in the sentence that Minerva's examples end with."""
+    statement = f"The final answer is ${boxed_answer(item.solution)}$. I hope it is correct."
+    return Document(
+        doc_id=item.item_id,
+        text=f"{item.question}\nFinal Answer: {statement}",
+        source="math",
+        latent=item.solution,
     )

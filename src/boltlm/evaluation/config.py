@@ -1,14 +1,14 @@
-"""Settings of the stage `evaluate` (docs/method.md, sections 5 and 6)."""
+"""Settings of the stages `evaluate` and `curves` (docs/method.md, sections 5 and 6)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from boltlm.corpus.benchmarks import BenchmarkName
 from boltlm.errors import UserError
 from boltlm.estep.config import DrawSettings
 from boltlm.evaluation.task_spec import Backend, TaskSpec, require_benchmark
-from boltlm.params import EntryName, PositiveInt, from_key
+from boltlm.params import EntryName, Overlay, PositiveInt, from_key
 from boltlm.training.config import CompletedModelEntry
 
 
@@ -93,3 +93,45 @@ class EvaluateSettings(BaseEvaluateSettings):
     def has_latents(self) -> bool:
         """Whether the model was trained to write latents."""
         return self.model.format == "latent"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurveEntry:
+    """Params entry `curves.<name>`: how the snapshots of the model `name` are evaluated.
+
+    `likelihood`: whether the likelihood measures are taken besides the tasks; `documents`: on the
+    first documents of each held-out corpus (None: all); `evaluate`: changes to the section
+    `evaluate`.
+    """
+
+    likelihood: bool
+    documents: PositiveInt | None
+    evaluate: Annotated[EvaluateConfig, Overlay("evaluate")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurveSettings(DrawSettings):
+    """Settings of the stage `curves` for the snapshots of the model `name`."""
+
+    name: str
+    benchmarks: Mapping[BenchmarkName, str]
+    entry: CurveEntry = from_key("curves.{name}")
+    model: CompletedModelEntry = from_key("models.{name}")
+
+    def __post_init__(self) -> None:
+        if not self.entry.likelihood and not self.evaluation(0).task_specs:
+            raise UserError(
+                f"curves.{self.name}: there is nothing to measure: likelihood is false, and no task"
+                f" of evaluate.tasks is for a model of the format {self.model.format}"
+            )
+
+    def evaluation(self, step: int) -> EvaluateSettings:
+        """The settings of the evaluation of one snapshot, as of a model of its own."""
+        shared = {field.name: getattr(self, field.name) for field in fields(DrawSettings)}
+        return EvaluateSettings(
+            **shared,
+            name=f"{self.name}, step {step}",
+            evaluate=self.entry.evaluate,
+            benchmarks=self.benchmarks,
+            model=self.model,
+        )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from boltlm.evaluation.task_spec import TaskSpec
 from boltlm.evaluation.tasks.loading import grade_completion, split_completion
 from boltlm.tokens import EOL, POST, PRIOR, SOL
 
+GROUPS: tuple[Literal["subject", "level"], ...] = ("subject", "level")
 TASK_DIR = Path(__file__).with_name("tasks")
 
 
@@ -26,10 +27,11 @@ class TaskAnswer:
     """A model's completion for a question, and the verdict of one grader.
 
     `thought` is the text before EoL in latent space, that before the answer in the space `cot`,
-    and None in raw space. `cluster` names what makes questions dependent, `cue` is the position in
-    `evaluate.cues` from 1 (space `cot`; 0 elsewhere). `shots` is the number of
-    few-shot examples in the prompt, or −1 where not even the question fits into the context window,
-    in which case the model is not asked. `lost_shots` counts the examples that did not fit.
+    and None in raw space. `level` is the difficulty of a problem of MATH. `cluster` names what
+    makes questions dependent, `cue` is the position in `evaluate.cues` from 1 (space `cot`; 0
+    elsewhere). `shots` is the number of few-shot examples in the prompt, or −1 where not even the
+    question fits into the context window, in which case the model is not asked. `lost_shots` counts
+    the examples that did not fit.
     """
 
     schema: ClassVar[pa.Schema] = pa.schema(
@@ -38,6 +40,7 @@ class TaskAnswer:
             "prompts": pa.string(),
             "space": pa.string(),
             "subject": pa.string(),
+            "level": pa.string(),
             "question_id": pa.string(),
             "cluster": pa.string(),
             "cue": pa.int32(),
@@ -57,6 +60,7 @@ class TaskAnswer:
     prompts: str
     space: str
     subject: str
+    level: str
     question_id: str
     cluster: str
     cue: int
@@ -175,6 +179,7 @@ def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
             prompts=spec.prompts,
             space=spec.space,
             subject=doc["subject"],
+            level=doc["level"],
             question_id=doc["id"],
             cluster=doc["cluster"],
             cue=doc["cue"],
@@ -193,7 +198,7 @@ def _answers(sample: Mapping[str, Any], spec: TaskSpec) -> Iterator[TaskAnswer]:
 
 def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
     """The metrics of one task: the accuracy by each grader with its standard error, the numbers of
-    questions and of their clusters, what was lost, and the accuracy on each subject.
+    questions and of their clusters, what was lost, and the accuracy on each subject and level.
 
     A task with cues has an accuracy for each, and the best of these is its own; `best_cue` is the
     position of that cue. Per prompt: `shots`, the mean number of few-shot examples;
@@ -217,7 +222,8 @@ def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
         answers = [answer for answer in answers if answer.cue == best]
     # Each completion once, not once for each grader.
     completions = [answer for answer in answers if answer.grader == answers[0].grader]
-    metrics |= _subject_metrics(completions, name)
+    for group in GROUPS:
+        metrics |= _group_metrics(completions, name, group)
     metrics[f"{name}/questions"] = len({answer.question_id for answer in completions})
     metrics[f"{name}/clusters"] = len({answer.cluster for answer in completions})
     if any(answer.shots + answer.lost_shots > 0 for answer in completions):
@@ -241,19 +247,21 @@ def task_metrics(answers: Sequence[TaskAnswer], label: str) -> dict[str, float]:
     return metrics
 
 
-def _subject_metrics(completions: Sequence[TaskAnswer], name: str) -> dict[str, float]:
-    """The accuracy on each subject, where there are several."""
-    by_subject: dict[str, list[TaskAnswer]] = defaultdict(list)
+def _group_metrics(
+    completions: Sequence[TaskAnswer], name: str, group: Literal["subject", "level"]
+) -> dict[str, float]:
+    """The accuracy on each subject or level, and its number of questions, where there are
+    several."""
+    answers_by_group: dict[str, list[TaskAnswer]] = defaultdict(list)
     for answer in completions:
-        by_subject[answer.subject].append(answer)
+        answers_by_group[getattr(answer, group)].append(answer)
     metrics: dict[str, float] = {}
-    if len(by_subject) > 1:
-        for subject in sorted(by_subject):
-            accuracy, key = (
-                mean_accuracy(by_subject[subject]),
-                f"{name}/accuracy_by_subject/{subject}",
-            )
+    if len(answers_by_group) > 1:
+        for value, answers in sorted(answers_by_group.items()):
+            accuracy, key = mean_accuracy(answers), f"{name}/accuracy_by_{group}/{value}"
             metrics |= {key: accuracy.value, f"{key}_se": accuracy.standard_error}
+            questions = {answer.question_id for answer in answers}
+            metrics[f"{name}/questions_by_{group}/{value}"] = len(questions)
     return metrics
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from boltlm import checkpoint
-from boltlm.errors import UserError
 from boltlm.estep.scoring import token_log_probs
 from boltlm.evaluation.clustered_errors import mean_estimate
 from boltlm.evaluation.downstream import (
@@ -26,10 +25,10 @@ from boltlm.evaluation.downstream import (
     task_metrics,
 )
 from boltlm.evaluation.finetune_config import FinetuneSettings
-from boltlm.evaluation.sft_data import build_examples, read_thoughts, split_heldout
+from boltlm.evaluation.sft_data import FinetuneExamples, load_examples
 from boltlm.evaluation.task_runner import TaskRunner, task_data
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
-from boltlm.records import Document, read_shard, read_table, shard_name, write_shard
+from boltlm.records import read_shard, shard_name, write_shard
 from boltlm.seeds import generator
 from boltlm.sequences.sft import SFTDataset, SFTExample
 from boltlm.shard_store import (
@@ -56,28 +55,18 @@ class FinetunePaths:
     out: Path
 
 
-@dataclass(frozen=True, slots=True)
-class _Examples:
-    """The examples to train on and the held-out ones, and the number of documents that have
-    neither, because they carry no thought."""
-
-    training: list[SFTExample]
-    heldout: list[SFTExample]
-    documents_without_thought: int
-
-
 def run_finetuning(settings: FinetuneSettings, paths: FinetunePaths) -> dict[str, float]:
     """Fine-tune the model and evaluate it once for each seed; write every answer, return the
     metrics.
 
     The results of a seed are stored in `paths.work` under a fingerprint of everything that they
     depend on; an interrupted training resumes from its last checkpoint. Raises UserError where no
-    training document has a thought.
+    training document has a thought with which it fits the context window.
     """
     label = f"finetune {settings.name}"
     data_path = task_data(settings.task_spec, settings.benchmarks, paths.split)
     weights = checkpoint.final_weights(paths.model)
-    examples = _load_examples(settings, paths, TextCoder(weights))
+    examples = load_examples(settings, paths.split, paths.data, TextCoder(weights))
     facts = _fingerprint_facts(settings, weights, examples, data_path)
     work = paths.work / "finetune" / fingerprint(facts)
     runs = [
@@ -91,27 +80,12 @@ def run_finetuning(settings: FinetuneSettings, paths: FinetunePaths) -> dict[str
     metrics |= accuracy_over_seeds(tables, settings.task_spec.name)
     metrics |= {"examples": len(examples.training), "val_examples": len(examples.heldout)}
     metrics["documents_without_thought"] = examples.documents_without_thought
+    metrics["dropped_too_long"] = examples.dropped_too_long
     return metrics | {"val_nll_per_token": float(np.mean(losses))}
 
 
-def _load_examples(settings: FinetuneSettings, paths: FinetunePaths, coder: TextCoder) -> _Examples:
-    documents = list(read_table(paths.split / settings.run.corpus, Document))
-    thoughts = read_thoughts(paths.data, documents)
-    training, heldout = (
-        list(build_examples(coder, part, thoughts, settings.run))
-        for part in split_heldout(documents, settings.heldout_fraction, settings.seed)
-    )
-    if not training:
-        raise UserError(
-            f"finetune {settings.name}: no training document has a thought; see"
-            f" finetune.runs.{settings.name}.data and finetune.heldout_fraction"
-        )
-    without_thought = sum(not thoughts.get(document.doc_id) for document in documents)
-    return _Examples(training, heldout, without_thought)
-
-
 def _fingerprint_facts(
-    settings: FinetuneSettings, weights: Path, examples: _Examples, data_path: str
+    settings: FinetuneSettings, weights: Path, examples: FinetuneExamples, data_path: str
 ) -> dict[str, Any]:
     """What the results of a seed depend on, JSON-ready."""
     files = [hash_path(Path(path)) for path in sorted(glob.glob(data_path))]
@@ -173,7 +147,7 @@ class _SeedRun:
         """The seed of the order of the examples and of the sampled answers."""
         return int(generator(self.settings.seed, "finetune", self.index).integers(2**31))
 
-    def run(self, examples: _Examples, label: str) -> float:
+    def run(self, examples: FinetuneExamples, label: str) -> float:
         """Leave the answers in their file; return −log p of the held-out completions per token."""
         model = self.work / "model"
         with exclusive_lock(self.work, label):

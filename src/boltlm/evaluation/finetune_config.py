@@ -50,11 +50,11 @@ class FinetuneSettings:
     temperature: float = from_key("finetune.temperature")
     top_k: NonNegativeInt = from_key("finetune.top_k")
     top_p: float = from_key("finetune.top_p")
+    max_thought_tokens: PositiveInt = from_key("finetune.max_thought_tokens")
+    max_answer_tokens: PositiveInt = from_key("finetune.max_answer_tokens")
     train: TrainConfig = from_key("finetune.train")
     backend: Backend = from_key("evaluate.backend")
     batch_size: PositiveInt = from_key("evaluate.batch_size")
-    max_thought_tokens: PositiveInt = from_key("evaluate.max_thought_tokens")
-    max_answer_tokens: PositiveInt = from_key("evaluate.max_answer_tokens")
     limit: PositiveInt | None = from_key("evaluate.limit")
 
     def __post_init__(self) -> None:

@@ -24,6 +24,14 @@ from boltlm.records import Chunk, Document, Sample
 from boltlm.sequences import layouts
 from boltlm.tokens import SpecialTokens, TextCoder
 
+# The terms of the bound for K = 1, eq. (8): the column of the samples that each is the mean of, and
+# its sign.
+_BOUND_TERMS = (
+    ("utility", "log_p_text", 1),
+    ("simplicity", "log_p_latent", 1),
+    ("diversity", "log_q", -1),
+)
+
 
 def elbo_metrics(
     groups: Sequence[Sequence[Sample]],
@@ -31,7 +39,8 @@ def elbo_metrics(
     sizes: Sequence[int],
     clusters: Mapping[str, str],
 ) -> dict[str, float]:
-    """ELBO per token of text for each K in `sizes`, eq. (7), and its three terms, eq. (8).
+    """ELBO per token of text for each K in `sizes`, eq. (7), and its three terms, eq. (8), per
+    chunk and per document; `elbo_k1_per_document` is their sum per document.
 
     `groups` holds the samples of each chunk, `chunk_lengths` the chunks' lengths in tokens,
     `clusters` the cluster of each document.
@@ -46,14 +55,24 @@ def elbo_metrics(
         metrics |= _with_error(f"elbo_per_token_k{size}", estimate)
         if size == max(sizes):
             metrics |= _with_error("elbo_per_token", estimate)
-    for name, column, sign in (
-        ("utility", "log_p_text", 1),
-        ("simplicity", "log_p_latent", 1),
-        ("diversity", "log_q", -1),
-    ):
+    document_C = [group[0].doc_id for group in groups]
+    total_C = np.zeros(len(groups))
+    for name, column, sign in _BOUND_TERMS:
         mean_C = np.array([sign * np.mean([getattr(s, column) for s in group]) for group in groups])
         metrics |= _with_error(name, mean_estimate(mean_C, cluster_C))
-    return metrics
+        metrics |= _per_document(name, mean_C, document_C, clusters)
+        total_C += mean_C
+    return metrics | _per_document("elbo_k1", total_C, document_C, clusters)
+
+
+def _per_document(
+    name: str, values_C: np.ndarray, document_C: Sequence[str], clusters: Mapping[str, str]
+) -> dict[str, float]:
+    """The mean over documents of the sum of `values_C` over the chunks of each, with its error."""
+    doc_ids, document_index_C = np.unique(np.asarray(document_C), return_inverse=True)
+    sums_D = np.bincount(document_index_C, values_C)
+    estimate = mean_estimate(sums_D, [clusters[doc_id] for doc_id in doc_ids.tolist()])
+    return _with_error(f"{name}_per_document", estimate)
 
 
 def chunk_bounds(log_w_CK: np.ndarray, size: int) -> np.ndarray:

@@ -53,24 +53,26 @@ class EvaluationPaths:
     out: Path
 
 
-def evaluate_model(settings: BaseEvaluateSettings, paths: EvaluationPaths) -> dict[str, float]:
+def evaluate_model(
+    settings: BaseEvaluateSettings, paths: EvaluationPaths, *, with_likelihood: bool = True
+) -> dict[str, float]:
     """Evaluate a model on the held-out corpora and the tasks; write the tables, return the metrics.
 
-    A model without latents has no ELBO and is not evaluated in latent space. Finished work is
-    stored in `paths.work` under a fingerprint of everything that it depends on, so that an
-    interrupted evaluation resumes where it stopped. Raises UserError where a task has no questions,
-    or a corpus no chunks.
+    A model without latents has no ELBO and is not evaluated in latent space. `with_likelihood`:
+    false leaves out the held-out corpora. Finished work is stored in `paths.work` under a
+    fingerprint of everything that it depends on, so that an interrupted evaluation resumes where it
+    stopped. Raises UserError where a task has no questions, or a corpus no chunks.
     """
     weights = checkpoint.final_weights(paths.model)
     model_digest = hash_path(weights)
     config, label = settings.evaluate, f"evaluate {settings.name}"
     tasks = [(spec, _task_options(settings, spec, weights, paths)) for spec in settings.task_specs]
     metrics: dict[str, float] = {}
-    for corpus in (config.corpus, *config.extra_corpora):
+    for corpus in (config.corpus, *config.extra_corpora) if with_likelihood else ():
         corpus_metrics = _evaluate_corpus(settings, corpus, paths, model_digest, label)
         prefix = "" if corpus == config.corpus else f"{corpus}/"
         metrics |= {f"{prefix}{name}": value for name, value in corpus_metrics.items()}
-    if settings.has_latents and config.large_k:
+    if with_likelihood and settings.has_latents and config.large_k:
         metrics |= _large_k_metrics(settings, config.large_k, paths, label)
     runner = TaskRunner(
         weights,
@@ -172,7 +174,7 @@ def _large_k_metrics(
     lengths = [len(chunk.tokens) for chunk in chunks]
     sizes = (max(settings.evaluate.k_samples), config.k_samples)
     metrics = likelihood.elbo_metrics(groups, lengths, sizes, clusters)
-    metrics = {name: value for name, value in metrics.items() if name.startswith("elbo")}
+    metrics = {name: value for name, value in metrics.items() if name.startswith("elbo_per_token")}
     metrics |= {"documents": len(scores), "clusters": len(set(clusters.values()))}
     return {f"subset/{name}": value for name, value in metrics.items()}
 

@@ -1,6 +1,7 @@
 """Fine-tuning examples: question, thought and answer of documents that end in an answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from boltlm.corpus.chunks import split_sentences
@@ -8,12 +9,49 @@ from boltlm.corpus.reference_latents import document_thought
 from boltlm.errors import UserError
 from boltlm.evaluation import fewshot
 from boltlm.evaluation.fewshot import PROMPT_FORMS, PromptForm
-from boltlm.evaluation.finetune_config import FinetuneRun
+from boltlm.evaluation.finetune_config import FinetuneRun, FinetuneSettings
 from boltlm.records import Document, Paraphrase, read_table
 from boltlm.seeds import uniform
 from boltlm.sequences.sft import SFTExample
 from boltlm.teachers.prompts import SINGLE_PROMPT_STYLE
 from boltlm.tokens import TextCoder
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneExamples:
+    """The examples to train on and the held-out ones, the number of documents that have neither,
+    because they carry no thought, and the number of examples that were left out, because they are
+    longer than the context window."""
+
+    training: list[SFTExample]
+    heldout: list[SFTExample]
+    documents_without_thought: int
+    dropped_too_long: int
+
+
+def load_examples(
+    settings: FinetuneSettings, split: Path, data: Path, coder: TextCoder
+) -> FinetuneExamples:
+    """The examples of a run. `split`: the splits of all corpora; `data`: as in `read_thoughts`.
+    Raises UserError where there is none to train on."""
+    documents = list(read_table(split / settings.run.corpus, Document))
+    thoughts = read_thoughts(data, documents)
+    parts = [
+        list(build_examples(coder, part, thoughts, settings.run))
+        for part in split_heldout(documents, settings.heldout_fraction, settings.seed)
+    ]
+    training, heldout = (
+        [example for example in examples if fits_window(coder, example)] for examples in parts
+    )
+    if not training:
+        problem = "fits the context window" if parts[0] else "has a thought"
+        raise UserError(
+            f"finetune {settings.name}: no training document {problem}; see"
+            f" finetune.runs.{settings.name}.data and finetune.heldout_fraction"
+        )
+    without_thought = sum(not thoughts.get(document.doc_id) for document in documents)
+    num_fitting = len(training) + len(heldout)
+    return FinetuneExamples(training, heldout, without_thought, sum(map(len, parts)) - num_fitting)
 
 
 def read_thoughts(data: Path, documents: Sequence[Document]) -> dict[str, list[str]]:
@@ -45,8 +83,7 @@ def build_examples(
 ) -> Iterator[SFTExample]:
     """One example for each thought of each document (docs/method.md, 6.3).
 
-    Raises UserError for an example that is longer than the context window, and for a document
-    without a question or an answer.
+    Raises UserError for a document without a question or an answer.
     """
     form = PROMPT_FORMS[run.task]
     bos, eos = coder.special_tokens.bos, coder.special_tokens.eos
@@ -60,15 +97,12 @@ def build_examples(
                 completion = f"{latent}{answer}"
             else:
                 completion = f" {thought}{answer}"
-            example = SFTExample(prompt, [*fewshot.encode_prompt(coder, completion), eos])
-            length = len(example.prompt) + len(example.completion)
-            if length > coder.context_length:
-                raise UserError(
-                    f"document '{document.doc_id}' and its thought have {length} tokens, but the"
-                    f" context window has {coder.context_length}; remove the document from the"
-                    " corpus"
-                )
-            yield example
+            yield SFTExample(prompt, [*fewshot.encode_prompt(coder, completion), eos])
+
+
+def fits_window(coder: TextCoder, example: SFTExample) -> bool:
+    """Whether an example is not longer than the context window."""
+    return len(example.prompt) + len(example.completion) <= coder.context_length
 
 
 def _split_document(document: Document, form: PromptForm) -> tuple[str, str]:

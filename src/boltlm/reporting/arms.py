@@ -6,6 +6,7 @@ from typing import Literal
 
 from boltlm.errors import UserError
 from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
+from boltlm.evaluation.config import CurveEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
 from boltlm.params import from_key
 from boltlm.training.config import CompletedModelEntry
@@ -21,6 +22,7 @@ class ReportSettings:
 
     latents: Mapping[str, LatentsEntry]
     models: Mapping[str, CompletedModelEntry]
+    curves: Mapping[str, CurveEntry]
     finetune_runs: Mapping[str, FinetuneRun] = from_key("finetune.runs")
 
 

@@ -1,12 +1,15 @@
-"""Training curves, validation curves, and the distribution of the importance weights."""
+"""Curves over training (losses, validation, evaluated snapshots), and the distribution of the
+importance weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
+from boltlm.evaluation.curve_points import CurvePoint, metric_direction
 from boltlm.reporting.arms import em_chain, ordered_arms
 from boltlm.reporting.plotting import (
     LineStyle,
@@ -24,6 +27,7 @@ VALIDATION_COLUMNS: Mapping[str, tuple[str, Callable[..., Any]]] = {
     "val_elbo": ("held-out ELBO, nats per token", np.maximum.accumulate),
     "val_nll": ("held-out NLL of raw text, nats per token", np.minimum.accumulate),
 }  # columns of a training curve: the label of the axis, and the best value so far
+SNAPSHOT_AXES = {"tokens": "training tokens", "raw_tokens": "raw tokens seen"}
 
 _Curves = Mapping[str, Sequence[Metrics]]
 
@@ -83,6 +87,69 @@ def plot_validation(results: Results) -> Plot | SkippedPlot:
     columns[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.subplots_adjust(wspace=0.3)
     return Plot(figure, rows)
+
+
+def plot_snapshots(results: Results) -> Plot | SkippedPlot:
+    """The metrics of evaluated snapshots, by training tokens and by tokens of raw text: the values
+    as points with their standard errors, and the best value so far as a line. Likelihoods are
+    drawn, of bounds the one with the largest K, and the accuracies of whole tasks."""
+    labels = _labels(results)
+    curves = {name: results.snapshot_curves.get(name, []) for name in labels}
+    names = dict.fromkeys(point.metric for points in curves.values() for point in points)
+    metrics = [name for name in names if _is_drawn(name)]
+    if not metrics:
+        return SkippedPlot("no snapshots were evaluated")
+    figure, axes_RC = subplots(4.6 * len(metrics), 6.6, len(SNAPSHOT_AXES), len(metrics))
+    styles = line_styles(results.arms)
+    rows: PlotRows = []
+    for column, metric in enumerate(metrics):
+        for name, points in curves.items():
+            measured = [p for p in points if p.metric == metric and p.value is not None]
+            if measured:
+                values = np.array([point.value for point in measured], dtype=float)
+                sign = metric_direction(metric)
+                best = sign * np.maximum.accumulate(sign * values)
+                for row, field in enumerate(SNAPSHOT_AXES):
+                    axes = axes_RC[row, column]
+                    style, label = styles[name], labels[name]
+                    _snapshot_curve(axes, measured, values, best, field, style, label)
+                rows += [
+                    {"model": name, **asdict(point), "best": float(top)}
+                    for point, top in zip(measured, best, strict=True)
+                ]
+        for row, label in enumerate(SNAPSHOT_AXES.values()):
+            axes_RC[row, column].set_ylabel(metric, fontsize=7)
+            _token_axis(axes_RC[row, column], label)
+    # A model can be missing from the last panel, beside which the legend is.
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in axes_RC[0]]
+    handles = {label: handle for panel in pairs for handle, label in panel}
+    axes_RC[0, -1].legend(
+        list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
+    figure.subplots_adjust(wspace=0.35, hspace=0.3)
+    return Plot(figure, rows)
+
+
+def _is_drawn(metric: str) -> bool:
+    """Whether a metric of snapshots has a panel."""
+    left_out = ("elbo_per_token_k", "/cue", "by_subject", "subset/", "_match")
+    return metric_direction(metric) != 0 and not any(part in metric for part in left_out)
+
+
+def _snapshot_curve(
+    axes: Axes,
+    points: Sequence[CurvePoint],
+    values: np.ndarray,
+    best: np.ndarray,
+    field: str,
+    style: LineStyle,
+    label: str,
+) -> None:
+    """Draw one metric of one model; `field`: that of the x axis."""
+    x = [getattr(point, field) for point in points]
+    errors = [point.se or 0.0 for point in points]
+    axes.errorbar(x, values, errors, fmt=".", color=style.color, markersize=4, linewidth=0.8)
+    axes.plot(x, best, color=style.color, linestyle=style.dashes, label=label)
 
 
 def plot_log_weight(results: Results) -> Plot | SkippedPlot:
@@ -164,8 +231,8 @@ def _validation_curves(
     return rows
 
 
-def _token_axis(axes: Axes) -> None:
-    axes.set_xlabel("training tokens")
+def _token_axis(axes: Axes, label: str = SNAPSHOT_AXES["tokens"]) -> None:
+    axes.set_xlabel(label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 

@@ -22,6 +22,8 @@ CAPTIONS = {
     "training": "Training loss, for each model on the tokens of its own sequence format.",
     "heldout": "Held-out metrics during training: values as points, the best value so far as a"
     " line.",
+    "snapshots": "Snapshots of the training (`curves`), by training tokens and by raw tokens seen:"
+    " values ± standard error as points, the best value so far as a line.",
     "log_weight": "log w of the latents that each iteration is trained on; the outermost bins"
     " include all values beyond them.",
 }  # by the stem of a figure's files
@@ -60,6 +62,8 @@ def write_report(settings: ReportSettings, *, metrics: Path, out: Path) -> None:
         "heldout": curves.plot_validation,
         "log_weight": curves.plot_log_weight,
     }
+    if settings.curves:
+        functions["snapshots"] = curves.plot_snapshots
     plots: dict[str, Plot | SkippedPlot] = {}
     for stem, draw in functions.items():
         with rc_context(dict(STYLE)):

@@ -1,7 +1,7 @@
 """The numbers of the whole experiment, read from the metrics folder; missing files are skipped.
 
     <metrics>/eval/<model>.json   <metrics>/train/<model>.json   <metrics>/train/<model>.csv
-    <metrics>/latents/<entry>.json   <metrics>/finetune/<run>.json
+    <metrics>/latents/<entry>.json   <metrics>/finetune/<run>.json   <metrics>/curves/<model>.csv
 
 Only the entries of params.yaml are read: files that another preset left behind are not part of the
 experiment. Wall-clock figures lie outside the metrics folder, because they differ between runs of
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from boltlm.evaluation.curve_points import CurvePoint, read_curves
 from boltlm.reporting.arms import BASE_MODEL, Arm, ReportSettings, em_chain, experiment_arms
 from boltlm.timing import read_timing, timing_path
 
@@ -46,8 +47,9 @@ class Results:
     `finetuning` by run of `finetune`. `diagnostics`,
     `generators` (the model that sampled the latents) and `histograms` (bins of their log w) are
     keyed by entry of `latents`. `curves` holds the lines of the training curves, keyed by model and
-    by parent model. `timings` holds measured wall-clock figures, keyed by model and by
-    `latents/<entry>`: one mapping for each line of a training curve, one in all for latents.
+    by parent model, `snapshot_curves` the evaluated snapshots of each entry of `curves`. `timings`
+    holds measured wall-clock figures, keyed by model and by `latents/<entry>`: one mapping for each
+    line of a training curve, one in all for latents.
     """
 
     arms: tuple[Arm, ...]
@@ -57,6 +59,7 @@ class Results:
     diagnostics: Mapping[str, Metrics]
     generators: Mapping[str, str]
     curves: Mapping[str, Sequence[Metrics]]
+    snapshot_curves: Mapping[str, Sequence[CurvePoint]]
     histograms: Mapping[str, Sequence[Metrics]]
     timings: Mapping[str, Sequence[Metrics]]
 
@@ -111,6 +114,9 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
         diagnostics={name: _read_json(path) for name, path in latents_paths.items()},
         generators={name: entry.model for name, entry in settings.latents.items()},
         curves={name: _read_csv(path) for name, path in curve_paths.items()},
+        snapshot_curves={
+            name: read_curves(metrics / "curves" / f"{name}.csv") for name in settings.curves
+        },
         histograms={
             name: _read_csv(path.with_suffix(".csv")) for name, path in latents_paths.items()
         },
@@ -137,12 +143,19 @@ def experiment_points(results: Results) -> list[MetricPoint]:
 
 def run_points(results: Results) -> dict[str, list[MetricPoint]]:
     """The points of each part of the experiment: of a model its training curve, the totals of its
-    training and its evaluation, of `finetune/<run>` the metrics of that run, of `latents/<entry>`
-    the diagnostics of those latents; with each part the wall-clock figures measured for it."""
+    training and its evaluation, of `curves/<model>` those of its snapshots, of `finetune/<run>` the
+    metrics of that run, of `latents/<entry>` the diagnostics of those latents; with each part the
+    wall-clock figures measured for it."""
     points: dict[str, list[MetricPoint]] = {}
     for model, lines in results.curves.items():
         totals = [results.training[model], results.evaluation.get(model, {})]
         points[model] = _points(lines) + _points(totals)
+    for model, curve in results.snapshot_curves.items():
+        points[f"curves/{model}"] = [
+            MetricPoint(point.metric, point.value, point.step)
+            for point in curve
+            if point.value is not None
+        ]
     for run, metrics in results.finetuning.items():
         points[f"finetune/{run}"] = _points([metrics])
     for entry, diagnostics in results.diagnostics.items():

@@ -103,6 +103,11 @@ class SequenceFormatter:
         latent, else 1."""
         return float(store.draw_weights[index]) if self.draws == "weighted" else 1.0
 
+    def has_raw_text(self, store: DocumentStore, index: int) -> bool:
+        """Whether a segment has the text of chunks: not a paraphrase, nor a latent by itself."""
+        is_latent = self.sequence_format == "mixed" and index >= store.num_chunks
+        return not is_latent and self.sequence_format != "paraphrase"
+
     def _chunk_row(
         self, store: DocumentStore, chunk: int, draw: int | None, epoch: int
     ) -> list[int]:

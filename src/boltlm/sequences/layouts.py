@@ -31,16 +31,19 @@ TokenIds = Sequence[int] | np.ndarray
 SequenceFormat = Literal["latent", "raw", "mixed", "paraphrase"]
 Layout = Literal["document", "chunk"]
 DrawChoice = Literal["selected", "resampled", "weighted"]
+MixUnit = Literal["tokens", "documents"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceConfig:
     """Section `sequences` of params.yaml. `sequence_length`: of a training sequence, in tokens;
-    `context_loss`: whether the layout `chunk` takes the loss on the context C of a row too."""
+    `context_loss`: whether the layout `chunk` takes the loss on the context C of a row too;
+    `mix_unit`: whether `models.<name>.mix_raw` is a share of the tokens or of the documents."""
 
     sequence_length: int
     layout: Layout
     context_loss: bool
+    mix_unit: MixUnit
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:

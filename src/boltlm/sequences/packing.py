@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 
 from boltlm.errors import UserError
 from boltlm.seeds import generator
-from boltlm.sequences.formatter import SequenceFormatter
-from boltlm.sequences.store import OFFSET_DTYPE, DocumentStore, open_array
+from boltlm.sequences.layouts import MixUnit
+from boltlm.sequences.mixing import Segment, SequenceSource, interleave, permutation
+from boltlm.sequences.raw_counts import RawTokenCounter, read_raw_counts
+from boltlm.sequences.store import open_array
 from boltlm.shard_store import atomic_write
 
 IGNORE_INDEX = -100  # the label of positions without a loss, as in torch's cross-entropy
-WRITE_BLOCK = 1 << 20  # integers written to a file in one call
 STREAM_FILE = "stream"
 WEIGHTS_FILE = "loss_weights"
 WEIGHT_DTYPE = np.dtype(np.float32)
@@ -36,82 +36,11 @@ STATS_FILE = "stats.json"  # written last: without it, a folder is incomplete
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceSource:
-    """Stored documents, their format, and their fraction `weight` of the stream's tokens.
-    `shuffle_key` gives a further source of the same documents an order of its own."""
-
-    store: DocumentStore
-    formatter: SequenceFormatter
-    weight: float = 1.0
-    shuffle_key: tuple[str, ...] = ()
-
-    def segments(self, epoch: int, scratch: Path) -> Iterator[tuple[np.ndarray, float]]:
-        """Every segment of one epoch once, shuffled: its tokens, int32, and their weight in the
-        loss. `scratch`: for temporary files."""
-        random = generator(self.formatter.seed, "epoch", epoch, *self.shuffle_key)
-        for index in _permutation(self.formatter.num_segments(self.store), random, scratch):
-            pieces = self.formatter.segment(self.store, int(index), epoch)
-            if pieces:
-                tokens = np.concatenate(pieces, dtype=np.int32, casting="same_kind")
-                yield tokens, self.formatter.loss_weight(self.store, int(index))
-
-    def endless_segments(self, scratch: Path) -> Iterator[tuple[int, np.ndarray, float]]:
-        """(epoch, tokens, loss weight) of each segment, epoch after epoch without end."""
-        if not self.formatter.num_segments(self.store):
-            raise UserError("the corpus has no documents; check `corpora` in params.yaml")
-        epoch = 0
-        while True:
-            for tokens, loss_weight in self.segments(epoch, scratch):
-                yield epoch, tokens, loss_weight
-            epoch += 1
-
-    def num_tokens(self, epochs: int, scratch: Path) -> int:
-        """How many tokens the first `epochs` epochs have."""
-        return sum(
-            len(tokens) for epoch in range(epochs) for tokens, _ in self.segments(epoch, scratch)
-        )
-
-
-def _permutation(size: int, random: np.random.Generator, folder: Path) -> np.ndarray:
-    """The same as `random.permutation(size)`, int64, but in an unnamed memory-mapped file, whose
-    pages the operating system can evict from memory."""
-    if not size:
-        return np.zeros(0, OFFSET_DTYPE)
-    with TemporaryFile(dir=folder) as file:
-        # Written rather than mapped: a full disk is then an exception, not a bus error.
-        for start in range(0, size, WRITE_BLOCK):
-            block = np.arange(start, min(start + WRITE_BLOCK, size), dtype=OFFSET_DTYPE)
-            file.write(block.tobytes())
-        file.flush()
-        order = np.asarray(np.memmap(file, OFFSET_DTYPE, mode="r+"))
-    random.shuffle(order)
-    return order
-
-
-def interleave(
-    sources: Sequence[SequenceSource], scratch: Path, epochs: int | None
-) -> Iterator[tuple[np.ndarray, float]]:
-    """Segments of several sources, each from the source that lags furthest behind its weight, with
-    their weights in the loss.
-
-    Ends after `epochs` epochs of the first source, or never where that is None.
-    """
-    streams = [source.endless_segments(scratch) for source in sources]
-    num_written = [0.0] * len(sources)
-    while True:
-        chosen = min(range(len(sources)), key=lambda i: num_written[i] / sources[i].weight)
-        epoch, tokens, loss_weight = next(streams[chosen])
-        if chosen == 0 and epoch == epochs:
-            return
-        num_written[chosen] += len(tokens)
-        yield tokens, loss_weight
-
-
-@dataclass(frozen=True, slots=True)
 class PackedDataset:
     """The training sequences of a packed stream, in a shuffled order. `tokens`: the stream, with
     ~id for a token without a loss; `digest`: a hash of it and of `loss_weights`, the
-    weights of its tokens in the loss, float32; None: each is 1. `mean_weight`: their mean."""
+    weights of its tokens in the loss, float32; None: each is 1. `mean_weight`: their mean.
+    `raw_counts`: the targets of each row that are raw text; None: they were not counted."""
 
     tokens: np.ndarray
     sequence_length: int
@@ -119,6 +48,7 @@ class PackedDataset:
     digest: str
     loss_weights: np.ndarray | None = None
     mean_weight: float = 1.0
+    raw_counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """The number of training sequences."""
@@ -146,6 +76,11 @@ class PackedDataset:
         indices = self.order[first_step * batch_size :]
         return sum(int((self._row(self.tokens, i)[1:] >= 0).sum()) for i in indices)
 
+    def num_raw_tokens(self, steps: int, batch_size: int) -> int:
+        """How many targets of the first `steps` steps are raw text (`sequences.raw_counts`)."""
+        assert self.raw_counts is not None
+        return int(self.raw_counts[self.order[: steps * batch_size]].sum(dtype=np.int64))
+
     def _rows(
         self, values: np.ndarray, indices: np.ndarray, dtype: np.dtype, padding: int
     ) -> np.ndarray:
@@ -172,11 +107,15 @@ def pack_sequences(
     vocab_size: int,
     epochs: int | None,
     tokens: Callable[[Sequence[SequenceSource], Path], int] | int | None,
+    count_raw_tokens: bool = False,
+    mix_unit: MixUnit = "tokens",
 ) -> PackedDataset:
     """The training sequences of `epochs` epochs of the first source, or of `tokens` tokens.
+    `mix_unit` as in `interleave`.
 
     The stream is written into `folder` unless it is complete there; only then are the sources
     made, `sources(folder)`, and a number of tokens computed from them, `tokens(sources, folder)`.
+    `count_raw_tokens`: whether the dataset has `raw_counts`; all runs on a folder want the same.
     Raises UserError unless exactly one of the two budgets is given, or where nothing is to predict.
     """
     if (epochs is None) == (tokens is None):
@@ -188,26 +127,34 @@ def pack_sequences(
         has_complements = any(not source.formatter.context_loss for source in opened)
         small = np.dtype(np.int16 if has_complements else np.uint16)
         dtype = small if vocab_size <= np.iinfo(small).max + 1 else np.dtype(np.int32)
-        _write_stream(opened, folder, epochs, max_tokens, dtype)
+        segments = interleave(opened, folder, epochs, mix_unit)
+        counter = None
+        if count_raw_tokens:
+            counter = RawTokenCounter(opened[0].formatter.special_tokens, sequence_length)
+        _write_stream(opened, segments, folder, max_tokens, dtype, counter)
     return open_packed(folder, sequence_length, seed)
 
 
 def _write_stream(
     sources: Sequence[SequenceSource],
+    segments: Iterator[Segment],
     folder: Path,
-    epochs: int | None,
     max_tokens: int | None,
     dtype: np.dtype,
+    counter: RawTokenCounter | None,
 ) -> None:
-    """Write the stream, its weights where a source has any, and then its statistics."""
+    """Write the segments of the sources as the stream, its weights where a source has any, counts,
+    and then its statistics."""
     digest = hashlib.blake2b(digest_size=16)
     num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
-        for segment, loss_weight in interleave(sources, folder, epochs):
+        for segment, loss_weight, has_text in segments:
             ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
+            if counter is not None:
+                counter.add(ids, has_text=has_text)
             arrays = [ids.astype(dtype)]
             if has_weights:
                 arrays.append(np.full(len(ids), loss_weight, WEIGHT_DTYPE))
@@ -230,6 +177,8 @@ def _write_stream(
     if has_weights:
         stats |= {"weights_dtype": WEIGHT_DTYPE.str, "mean_weight": total_weight / num_tokens}
     stats |= sources[0].store.counts()
+    if counter is not None:
+        counter.write(folder)
     with atomic_write(folder / STATS_FILE) as temporary:
         temporary.write_text(json.dumps(stats), encoding="utf-8")
 
@@ -268,6 +217,7 @@ def open_packed(folder: Path, sequence_length: int, seed: int) -> PackedDataset:
     has_weights = "weights_dtype" in stats
     weights = open_array(folder / WEIGHTS_FILE, WEIGHT_DTYPE) if has_weights else None
     num_sequences = -(-(len(stream) - 1) // sequence_length)
-    order = _permutation(num_sequences, generator(seed, "rows"), folder)
+    order = permutation(num_sequences, generator(seed, "rows"), folder)
     mean_weight = float(stats.get("mean_weight", 1))
-    return PackedDataset(stream, sequence_length, order, str(stats["digest"]), weights, mean_weight)
+    digest, counts = str(stats["digest"]), read_raw_counts(folder)
+    return PackedDataset(stream, sequence_length, order, digest, weights, mean_weight, counts)

@@ -15,7 +15,8 @@ from boltlm.params import NonNegativeInt, from_key
 from boltlm.records import Document
 from boltlm.sequences import store
 from boltlm.sequences.formatter import SequenceFormatter
-from boltlm.sequences.packing import SequenceSource, pack_sequences
+from boltlm.sequences.mixing import SequenceSource
+from boltlm.sequences.packing import pack_sequences
 from boltlm.tokens import TextCoder
 from boltlm.training.base_model import add_special_tokens, create_model, load_checkpoint
 from boltlm.training.config import CheckpointConfig, PretrainConfig

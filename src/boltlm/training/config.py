@@ -1,6 +1,6 @@
 """The settings of a training run, and of the stage `train`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from boltlm.errors import UserError
@@ -45,8 +45,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotConfig:
+    """Weights-only snapshots of a model in training, after every `every` steps and the last one.
+    `precision`: of the stored weights."""
+
+    every: PositiveInt
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Sections `train`, `base.train` and `finetune.train` of params.yaml.
+    """Sections `base.train` and `finetune.train` of params.yaml; `train` has one key more.
 
     `batch_size`: sequences in a step, over all processes; `micro_batch_size`: sequences in one
     forward and backward pass of a process (None: all of the process's part of the batch).
@@ -87,7 +96,15 @@ class TrainConfig:
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, JSON-ready."""
-        return {name: value for name, value in asdict(self).items() if name not in EXECUTION_FIELDS}
+        values, names = asdict(self), [field.name for field in fields(TrainConfig)]
+        return {name: values[name] for name in names if name not in EXECUTION_FIELDS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTrainConfig(TrainConfig):
+    """The section `train`, for the entries of `models`. `snapshots`: None keeps no snapshots."""
+
+    snapshots: SnapshotConfig | None
 
 
 FLOP_MATCHED_KINDS = ("flop_matched_epochs", "flop_matched_history")
@@ -118,9 +135,9 @@ class ModelEntry:
     the latents or the paraphrases (a raw run names its documents, or the latents whose number of
     tokens it matches); `draws`: which of the K latents drawn for a chunk it is trained on: the
     selected one, one that is chosen afresh by its weight in every epoch, or all, by their weights
-    (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens that are raw documents of
-    `mix_corpus`; `seed`: of this training alone, null for the key `seed` of params.yaml; `train`:
-    changes to the section `train`.
+    (docs/method.md, 3.5); `mix_raw`: the fraction of the tokens, or of the documents
+    (`sequences.mix_unit`), that are raw documents of `mix_corpus`; `seed`: of this training alone,
+    null for the key `seed` of params.yaml; `train`: changes to the section `train`.
     """
 
     parent: Annotated[str, EntryName("models", "base")]
@@ -132,7 +149,7 @@ class ModelEntry:
     mix_corpus: Annotated[str, EntryName("corpora")]
     budget: TrainingBudget
     seed: NonNegativeInt | None
-    train: Annotated[TrainConfig, Overlay("train")]
+    train: Annotated[ModelTrainConfig, Overlay("train")]
 
     def __post_init__(self) -> None:
         if not 0 <= self.mix_raw < 1:
@@ -189,6 +206,15 @@ class TrainSettings:
             raise UserError(
                 f"models.{self.name}.draws: weighted needs sequences.layout chunk, in which every"
                 f" latent can have a sequence of its own; found {self.sequences.layout}"
+            )
+        in_pieces = self.model.format == "mixed" or (
+            self.model.format == "latent" and self.sequences.layout == "chunk"
+        )
+        if self.model.mix_raw and self.sequences.mix_unit == "documents" and in_pieces:
+            raise UserError(
+                f"models.{self.name}.mix_raw is {self.model.mix_raw}, but sequences.mix_unit"
+                " documents cannot count the documents of the format mixed or of the layout chunk,"
+                " which are shuffled in pieces; use mix_unit: tokens or another format or layout"
             )
 
 

@@ -16,7 +16,10 @@ from boltlm.training import checkpointing
 from boltlm.training.schedules import ScheduleConfig
 
 OPTIMIZER_FILE, TRAINING_FILE = "optimizer.pt", "training.json"
-# The settings that a continual run must share with its parent.
+# In TRAINING_FILE: the tokens of raw text that were trained on, counted where snapshots are kept.
+RAW_TOKENS_KEY = "raw_tokens_seen"
+# The settings that a continual run must share with its parent. The batch size is not among them:
+# the moments are averages over steps, whatever the number of sequences in a step.
 CONTINUAL_FIELDS = (
     "optimizer",
     "learning_rate",
@@ -25,7 +28,6 @@ CONTINUAL_FIELDS = (
     "eps",
     "weight_decay",
     "max_grad_norm",
-    "batch_size",
     "sequence_length",
 )
 
@@ -33,11 +35,13 @@ CONTINUAL_FIELDS = (
 @dataclass(frozen=True, slots=True)
 class ContinualState:
     """What a continual run continues from: the steps and tokens of its ancestors, and the file of
-    the optimizer moments before its parent's decay."""
+    the optimizer moments before its parent's decay. `raw_tokens`: the tokens of raw text that the
+    ancestors were trained on; None where they were not counted."""
 
     steps: int
     tokens: int
     moments: Path
+    raw_tokens: int | None
 
 
 def load_continual_state(folder: Path, settings: Mapping[str, Any]) -> ContinualState:
@@ -56,7 +60,12 @@ def load_continual_state(folder: Path, settings: Mapping[str, Any]) -> Continual
             f"{folder}: cannot be resumed from, its settings differ: {', '.join(differences)}; use"
             " the same settings, or start from its final weights with schedule.kind cosine"
         )
-    return ContinualState(parent["steps"], parent["tokens"], folder / OPTIMIZER_FILE)
+    return ContinualState(
+        steps=parent["steps"],
+        tokens=parent["tokens"],
+        moments=folder / OPTIMIZER_FILE,
+        raw_tokens=parent.get(RAW_TOKENS_KEY),
+    )
 
 
 def check_moments(model: PreTrainedModel, path: Path) -> None:

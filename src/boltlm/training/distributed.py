@@ -115,6 +115,12 @@ def full_state(
     }
 
 
+def full_weights(module: torch.nn.Module) -> dict[str, Any]:
+    """Unsharded weights by parameter name, on the CPU, collectively as `full_state`."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=options)
+
+
 def load_full_state(
     module: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],

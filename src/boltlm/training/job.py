@@ -9,17 +9,20 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from boltlm import checkpoint
-from boltlm.sequences.packing import open_packed, packing_stats
+from boltlm.sequences.packing import PackedDataset, open_packed, packing_stats
 from boltlm.shard_store import exclusive_lock
 from boltlm.training import checkpointing, distributed
 from boltlm.training.checkpointing import PREDECAY_FILE, CheckpointManager
 from boltlm.training.compute import training_flops_per_token
-from boltlm.training.config import TrainConfig
-from boltlm.training.continual import OPTIMIZER_FILE, ContinualState
+from boltlm.training.config import SnapshotConfig, TrainConfig
+from boltlm.training.continual import OPTIMIZER_FILE, RAW_TOKENS_KEY, ContinualState
+from boltlm.training.loss import model_weights
 from boltlm.training.metrics_logger import LineLogger
-from boltlm.training.trainer import TrainResult, ValidationHook, model_weights, train_model
+from boltlm.training.snapshots import SnapshotWriter
+from boltlm.training.trainer import TrainResult, ValidationHook, train_model
 
 FINAL_FOLDER, PREDECAY_FOLDER = "final", "predecay"  # of a model of the schedule `wsd`
+SNAPSHOT_FOLDER = "snapshots"  # of unfinished work
 PackingStats = Mapping[str, Any]
 
 
@@ -30,7 +33,8 @@ class TrainingJob:
     `work`: the folder of its packed sequences and checkpoints, named by all that they depend on;
     `tokenizer`: the folder whose tokenizer is published with the model; `out`, `csv`, `timing`: as
     in TrainPaths; `facts`: recorded with the model, besides the counts of its sequences;
-    `publish_predecay`: whether the state before the decay is published too.
+    `publish_predecay`: whether the state before the decay is published too; `snapshots`: None
+    keeps no snapshots; `snapshots_out`: their output folder, None for a run that has none.
     """
 
     what: str
@@ -45,6 +49,8 @@ class TrainingJob:
     facts: Mapping[str, Any]
     publish_predecay: bool
     continual: ContinualState | None = None
+    snapshots: SnapshotConfig | None = None
+    snapshots_out: Path | None = None
 
 
 def train_and_publish(
@@ -74,6 +80,7 @@ def train_and_publish(
         model = load_model()
         flops_per_token = training_flops_per_token(model, job.sequence_length)
         checkpoints = CheckpointManager(job.work, job.config.checkpoint_every, job.what)
+        snapshots = _snapshot_writer(job, dataset)
         result = train_model(
             model,
             dataset,
@@ -82,6 +89,7 @@ def train_and_publish(
             csv_path=job.csv,
             what=job.what,
             checkpoints=checkpoints,
+            snapshots=snapshots,
             continual=job.continual,
             validation_hook=validation_hook,
             line_logger=line_logger,
@@ -89,17 +97,35 @@ def train_and_publish(
         )
         if process.is_main_process:
             stats = packing_stats(job.work)
-            _publish(job, model, result, stats)
+            _publish(job, model, result, stats, snapshots)
             if record_compute is not None:
                 record_compute(flops_per_token, stats)
             checkpoints.clear()
         process.wait_for_everyone()
 
 
+def _snapshot_writer(job: TrainingJob, dataset: PackedDataset) -> SnapshotWriter | None:
+    if job.snapshots is None:
+        return None
+    past = (job.continual and job.continual.raw_tokens) or 0
+    return SnapshotWriter(
+        job.work / SNAPSHOT_FOLDER,
+        job.snapshots,
+        tokenizer=job.tokenizer,
+        raw_tokens=lambda steps: past + dataset.num_raw_tokens(steps, job.config.batch_size),
+        start=job.continual.steps if job.continual else 0,
+    )
+
+
 def _publish(
-    job: TrainingJob, model: PreTrainedModel, result: TrainResult, stats: PackingStats
+    job: TrainingJob,
+    model: PreTrainedModel,
+    result: TrainResult,
+    stats: PackingStats,
+    snapshots: SnapshotWriter | None,
 ) -> None:
-    """Write the trained model and, where it is wanted, the state before the decay beside it."""
+    """Write the trained model, the snapshots (an empty folder where there are none, because DVC
+    expects the output) and, where it is wanted, the state before the decay beside the model."""
     facts = {**stats, **job.facts, "steps": result.steps, "tokens": result.tokens}
     # Of an earlier run with another schedule; `final` would be taken for this run's weights.
     for name in (FINAL_FOLDER, PREDECAY_FOLDER):
@@ -109,7 +135,14 @@ def _publish(
     if job.publish_predecay:
         state = checkpointing.read_state(job.work / PREDECAY_FILE)
         facts |= {"steps": state["steps"], "tokens": state["tokens"]}
+        if snapshots is not None:
+            facts[RAW_TOKENS_KEY] = snapshots.raw_tokens(state["steps"] - snapshots.start)
         weights = model_weights(state["model"])
         folder = job.out / PREDECAY_FOLDER
         checkpoint.save_model(model, folder, job.tokenizer, facts, weights)
         checkpointing.write_state(folder / OPTIMIZER_FILE, state["optimizers"])
+    if snapshots is not None and job.snapshots_out is not None:
+        snapshots.publish(job.snapshots_out, result.steps - snapshots.start)
+    elif job.snapshots_out is not None:
+        shutil.rmtree(job.snapshots_out, ignore_errors=True)
+        job.snapshots_out.mkdir(parents=True)

@@ -4,6 +4,7 @@ Shapes: B sequences, L positions, N = B·L positions, C of them in a chunk, D hi
 V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -158,3 +159,8 @@ def check_output_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its logits are not its hidden states times one matrix;"
             " training supports Llama, Qwen, GPT-NeoX and similar architectures"
         )
+
+
+def model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by their names in the model, from those in the CausalLMLoss around it."""
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}

@@ -15,7 +15,8 @@ from boltlm.sequences import store
 from boltlm.sequences.draws import NEGLIGIBLE_WEIGHT
 from boltlm.sequences.formatter import SequenceFormatter
 from boltlm.sequences.layouts import DrawChoice, SequenceFormat
-from boltlm.sequences.packing import SequenceSource, pack_sequences
+from boltlm.sequences.mixing import SequenceSource
+from boltlm.sequences.packing import pack_sequences
 from boltlm.tokens import TextCoder, chunk_token_budget
 from boltlm.training import distributed
 from boltlm.training.compute import artifact_key, read_compute, write_compute
@@ -35,7 +36,7 @@ class TrainPaths:
     """What the stage reads and writes. `parent`: the parent's model folder; `chunks`, `mixed`: the
     chunks of the corpus and of `mix_corpus`; `data`: latents or paraphrases; `work`: the folder of
     unfinished work; `out`: the model folder; `csv`, `timing`: the log and its wall-clock figures;
-    `metrics`: the counts of tokens and FLOPs.
+    `metrics`: the counts of tokens and FLOPs; `snapshots`: the folder of the snapshots.
     """
 
     parent: Path
@@ -47,6 +48,7 @@ class TrainPaths:
     csv: Path
     timing: Path
     metrics: Path
+    snapshots: Path
 
 
 def run_training(
@@ -104,12 +106,20 @@ def _training_job(
         )
     facts = {**config.result_settings(), "sequence_length": sequence_length}
     is_continual = start == paths.parent / PREDECAY_FOLDER
+    continual = load_continual_state(start, facts) if is_continual else None
+    if config.snapshots and continual and continual.raw_tokens is None:
+        raise UserError(
+            f"models.{settings.name}.train.snapshots: the tokens of raw text of the run that it"
+            f" continues, {settings.model.parent}, were not counted; give that model snapshots too"
+        )
     return TrainingJob(
         what=f"train {settings.name}",
         config=config,
         seed=settings.training_seed,
         sequence_length=sequence_length,
-        continual=load_continual_state(start, facts) if is_continual else None,
+        continual=continual,
+        snapshots=config.snapshots,
+        snapshots_out=paths.snapshots,
         work=paths.work / "train" / _work_key(settings, paths, start, facts),
         tokenizer=start,
         out=paths.out,
@@ -133,6 +143,8 @@ def _work_key(
             "data": hash_path(paths.data) if paths.data.is_dir() else None,
             "mixed": hash_path(paths.mixed) if model.mix_raw else None,
             "train": dict(train_facts),
+            # No setting of the weights, but a run that is resumed with others would lack some.
+            "snapshots": model.train.snapshots and asdict(model.train.snapshots),
             "sequences": [asdict(settings.sequences), model.format, model.draws, model.mix_raw],
             "budget": asdict(model.budget),
             "context": [settings.context_chunks, settings.max_latent_tokens],
@@ -159,6 +171,8 @@ def _pack(settings: TrainSettings, paths: TrainPaths, coder: TextCoder, folder: 
         vocab_size=coder.tokenizer.get_vocab_size(),
         epochs=budget.amount if by_epochs else None,
         tokens=None if by_epochs else num_tokens,
+        count_raw_tokens=settings.model.train.snapshots is not None,
+        mix_unit=settings.sequences.mix_unit,
     )
 
 

@@ -18,13 +18,14 @@ from boltlm.training.checkpointing import PREDECAY_FILE, CheckpointManager
 from boltlm.training.compute import training_flops_per_token
 from boltlm.training.config import TrainConfig
 from boltlm.training.continual import ContinualState, predecay_step
+from boltlm.training.divergence import check_divergence
 from boltlm.training.gradients import TrainingDataset, accumulate_gradients, step_seed
-from boltlm.training.loss import CausalLMLoss, check_output_head
+from boltlm.training.loss import CausalLMLoss, check_output_head, model_weights
 from boltlm.training.metrics_logger import LineLogger, MetricsLogger
 from boltlm.training.optimizer import build_optimizers
 from boltlm.training.schedules import learning_rate
+from boltlm.training.snapshots import SnapshotWriter
 
-MAX_LOSS_RATIO = 2.0  # to the larger of the loss of a uniform guess and that of the first step
 ValidationHook = Callable[[PreTrainedModel], Mapping[str, float]]
 
 
@@ -47,6 +48,7 @@ def train_model(
     csv_path: Path | None,
     what: str,
     checkpoints: CheckpointManager,
+    snapshots: SnapshotWriter | None = None,
     continual: ContinualState | None = None,
     validation_hook: ValidationHook | None = None,
     line_logger: LineLogger | None = None,
@@ -57,24 +59,28 @@ def train_model(
     The result is the same for any number of processes, up to rounding. A run that was killed is
     resumed from its last checkpoint in `checkpoints`; the caller clears them when the model is
     saved. With the schedule `wsd` the state before the decay is saved there as PREDECAY_FILE.
-    `validation_hook` is called as `config.validation` says, and at the end. The log is written to
-    `csv_path`, its wall-clock figures at the end to `timing_path`. `what`: the label of messages.
+    `snapshots` keeps the weights of some steps. `validation_hook` is called as `config.validation`
+    says, and at the end. The log is written to `csv_path`, its wall-clock figures at the end to
+    `timing_path`. `what`: the label of messages.
 
     Raises UserError where the loss diverges; the last checkpoint then remains.
     """
     trainer = Trainer(
-        model, dataset, config, seed=seed, what=what, checkpoints=checkpoints, continual=continual
+        model,
+        dataset,
+        config,
+        seed=seed,
+        what=what,
+        checkpoints=checkpoints,
+        snapshots=snapshots,
+        continual=continual,
     )
     main = distributed.process_state().is_main_process
     logger = trainer.open_logger(
         csv_path if main else None, line_logger if main else None, continual
     )
-    progress = Progress(
-        what=what,
-        total=dataset.num_target_tokens(trainer.first_step, config.batch_size),
-        unit="tokens",
-        silent=not main,
-    )
+    total = dataset.num_target_tokens(trainer.first_step, config.batch_size)
+    progress = Progress(what=what, total=total, unit="tokens", silent=not main)
     with logger, progress, attention.use_attention(model, trainer.attention_name()):
         for step in range(trainer.first_step, trainer.steps):
             loss, tokens = trainer.train_step(step, logger, validation_hook)
@@ -83,11 +89,6 @@ def train_model(
     if main and timing_path is not None and csv_path is not None:
         write_timing(timing_path, csv_path, logger.timings)
     return TrainResult(logger.step, logger.tokens, trainer.finish())
-
-
-def model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by their names in the model, from those in the CausalLMLoss around it."""
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
 class Trainer:
@@ -104,10 +105,12 @@ class Trainer:
         seed: int,
         what: str,
         checkpoints: CheckpointManager,
+        snapshots: SnapshotWriter | None,
         continual: ContinualState | None,
     ) -> None:
         self.model, self.dataset, self.config = model, dataset, config
-        self.seed, self.what, self.checkpoints = seed, what, checkpoints
+        self.seed, self.what = seed, what
+        self.checkpoints, self.snapshots = checkpoints, snapshots
         self.is_continual = continual is not None
         self.process = distributed.process_state()
         self.device = distributed.process_device()
@@ -152,8 +155,8 @@ class Trainer:
     def train_step(
         self, step: int, logger: MetricsLogger, validation_hook: ValidationHook | None
     ) -> tuple[float, int]:
-        """Make step `step` (counted from 0): update the weights, validate, log, and save a
-        checkpoint. Returns the mean loss and the number of target tokens of the batch."""
+        """Make step `step` (counted from 0): update the weights, validate, log, and save a snapshot
+        and a checkpoint. Returns the mean loss and the number of target tokens of the batch."""
         if step == self.decay_start:
             self._save_predecay(logger)
         lr = learning_rate(
@@ -166,11 +169,15 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, step))
         batch = self.dataset.batch(step, self.config.batch_size)
         loss, tokens = self._backward(batch)
-        norm: Any = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm
+        grad_norm = self._clip_gradients()
+        check_divergence(
+            loss,
+            grad_norm,
+            step=step + 1,
+            first_loss=logger.first_loss,
+            vocab_size=self.model.config.vocab_size,
+            checkpoints=self.checkpoints,
         )
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        self._check_divergence(step, loss, grad_norm, logger.first_loss)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -190,6 +197,8 @@ class Trainer:
             validation=validation,
             last=is_last,
         )
+        # First the snapshot: a run that is resumed from the checkpoint does not repeat this step.
+        self._save_snapshot(logger, is_last=is_last)
         if self.checkpoints.is_due(step + 1, self.steps):
             self._save_checkpoint(step + 1, logger)
         return loss, tokens
@@ -231,27 +240,11 @@ class Trainer:
                 " train.activation_checkpointing, then run again to resume"
             ) from error
 
-    def _check_divergence(
-        self, step: int, loss: float, grad_norm: float, first_loss: float | None
-    ) -> None:
-        """Raises UserError before an update that would ruin the weights."""
-        uniform_loss = math.log(self.model.config.vocab_size)
-        max_loss = MAX_LOSS_RATIO * max(
-            uniform_loss, uniform_loss if first_loss is None else first_loss
-        )
-        exploded = first_loss is not None and loss > max_loss
-        if not math.isfinite(loss) or (math.isfinite(grad_norm) and exploded):
-            problem = f"the loss is {loss:.4g}"
-        elif not math.isfinite(grad_norm):
-            problem = f"the gradient norm is {grad_norm}"
-        else:
-            return
-        last_step, folder = self.checkpoints.last_step, self.checkpoints.folder
-        saved = f"; the checkpoint of step {last_step} is in {folder}" if last_step else ""
-        raise UserError(
-            f"{self.what}: {problem} at step {step + 1} of this run{saved}; lower"
-            " train.learning_rate"
-        )
+    def _clip_gradients(self) -> float:
+        """Clip the gradients' norm; returns what it was."""
+        weights, max_norm = self.model.parameters(), self.config.max_grad_norm
+        norm: Any = torch.nn.utils.clip_grad_norm_(weights, max_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _validates_after(self, step: int) -> bool:
         config = self.config.validation
@@ -267,6 +260,17 @@ class Trainer:
                 metrics = dict(validation_hook(self.model))
             self.model.train()
         return distributed.broadcast(metrics)
+
+    def _save_snapshot(self, logger: MetricsLogger, *, is_last: bool) -> None:
+        """Save the snapshot of the last step made, where it is wanted and was not saved before the
+        run was resumed."""
+        snapshots, step = self.snapshots, logger.step
+        if snapshots is None or not snapshots.is_due(step, is_last=is_last):
+            return
+        if not distributed.broadcast(snapshots.is_saved(step)):
+            weights = model_weights(distributed.full_weights(self.module))
+            if self.process.is_main_process:
+                snapshots.save(self.model, weights, step, logger.tokens)
 
     def _save_checkpoint(self, steps: int, logger: MetricsLogger) -> None:
         state = distributed.full_state(self.module, self.optimizers)

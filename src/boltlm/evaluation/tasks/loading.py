@@ -70,6 +70,7 @@ def _read_items(
         item = benchmarks.BenchmarkItem(
             item_id=question.question_id,
             subject=question.subject,
+            level="",
             question=question.prompt,
             choices=(),
             solution=f"{question.stem} {question.answer}.",
@@ -107,6 +108,7 @@ def _row(
     return {
         "id": item.item_id,
         "subject": item.subject,
+        "level": item.level,
         "gold": item.solution,
         "prompt": prompt,
         "shots": num_shots,
