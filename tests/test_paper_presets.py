@@ -161,7 +161,7 @@ def test_a_shrunken_preset_is_the_same_graph(name: str, tmp_path: Path) -> None:
     small = shrunk(params, tmp_path / "data", "http://127.0.0.1:1/v1")
     for stage, kind in stage_settings().items():
         section = {"teacher": "teachers", "latents": "latents", "finetune": "finetune.runs"}
-        section |= {"train": "models", "evaluate": "models"}
+        section |= {"train": "models", "evaluate": "models", "curves": "curves"}
         for entry in entries(small, section[stage]) if stage in section else [""]:
             build_settings(kind, small, name=entry)
     before, after = flatten_params(params), flatten_params(small)
