@@ -92,10 +92,10 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
     for teacher in small["teachers"].values():
         teacher |= {"base_url": teacher_url, "poll_interval_seconds": 0.1}
     small["inputs"] = {"data": str(folder)}
-    defaults = small["model_defaults"]
     for entry in small["models"].values():
-        budget = {**defaults["budget"], **entry.get("budget", {})}
-        entry["budget"] = {**budget, "amount": BUDGETS[budget["kind"]]}
+        changes = entry.get("budget", {})
+        kind = changes.get("kind", small["model_defaults"]["budget"]["kind"])
+        entry["budget"] = {**changes, "amount": BUDGETS[kind]}
         if "batch_size" in entry.get("train", {}):
             entry["train"]["batch_size"] = 2
     return small
