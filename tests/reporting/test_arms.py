@@ -53,3 +53,13 @@ def test_latents_that_do_not_exist_are_refused_by_name() -> None:
     params = report_params({"a": model("latents/x")}, {})
     with pytest.raises(UserError, match="latents/x"):
         report_settings(params)
+
+
+def test_a_training_with_a_seed_of_its_own_says_so() -> None:
+    params = chain_params(LAPTOP[:3])
+    params["models"]["again"] = {**params["models"]["em1"], "seed": 7}
+    params["models"]["plain_again"] = {**params["models"]["plain"], "seed": 8}
+    arms = {arm.name: arm for arm in experiment_arms(report_settings(params))}
+    assert arms["em1"].description == "iteration 1"
+    assert arms["again"].description == "latents by warmstart, seed 7"
+    assert arms["plain_again"].description == "raw text, seed 8"

@@ -37,7 +37,8 @@ class Arm:
     text alone, and `other` in all remaining cases (mixtures with raw text, second chains). The role
     `base` is that of BASE_MODEL.
     `latents` is the entry of `latents` that the model is trained on, `generator` the model that
-    sampled it; `note` says how these latents differ from those of the chain.
+    sampled it; `note` says how these latents differ from those of the chain, and
+    the seed of the training where it is the model's own.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Arm:
         if self.iteration is not None:
             return f"iteration {self.iteration}"
         if self.role in ("base", "raw"):
-            return "base model" if self.role == "base" else "raw text"
+            return "base model" if self.role == "base" else f"raw text{self.note}"
         source = "teacher latents" if self.generator is None else f"latents by {self.generator}"
         source += self.note
         return source if self.format == "latent" else f"{self.format}, {source}"
@@ -112,17 +113,22 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
         iteration=chain.index(name) if name in chain else None,
         latents=latents,
         generator=generator,
-        note=_note(settings.latents[latents]) if latents else "",
+        note=_note(settings, name, latents),
     )
 
 
-def _note(entry: LatentsEntry) -> str:
-    parts = [f"K = {entry.k_samples}"] if entry.k_samples else []
-    parts += [
-        f"{option} {value}"
-        for option, value in asdict(entry.options).items()
-        if value != getattr(PAPER_OPTIONS, option)
-    ]
+def _note(settings: ReportSettings, name: str, latents: str | None) -> str:
+    parts: list[str] = []
+    if latents is not None:
+        entry = settings.latents[latents]
+        parts += [f"K = {entry.k_samples}"] if entry.k_samples else []
+        parts += [
+            f"{option} {value}"
+            for option, value in asdict(entry.options).items()
+            if value != getattr(PAPER_OPTIONS, option)
+        ]
+    if (seed := settings.models[name].seed) is not None:
+        parts.append(f"seed {seed}")
     return "".join(f", {part}" for part in parts)
 
 
