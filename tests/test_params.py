@@ -191,6 +191,27 @@ def test_a_wrong_value_is_refused_by_name(key: str, value: Any, message: str) ->
         build_settings(Settings, changed(key, value), name="m1")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletedSettings:
+    """A model whose keys are completed from two sections."""
+
+    model: Annotated[Model, Overlay("defaults")] = from_key("models.{name}")
+
+
+def test_overlays_are_merged_at_every_depth() -> None:
+    """A key of `defaults.train.schedule` is kept by an entry that changes another key there."""
+    params = {
+        "train": {"rate": 0.5, "schedule": {"kind": "cosine", "warmup": 0.1}},
+        "defaults": {"data": "split/em", "shuffle": True, "train": {"schedule": {"kind": "wsd"}}},
+        "models": {"a": {"parent": "base", "train": {"schedule": {"warmup": 0.2}}}},
+        "corpora": {"em": {}},
+        "latents": {},
+    }
+    model = build_settings(CompletedSettings, params, name="a").model
+    assert model.train == Optimization(rate=0.5, schedule=Schedule(kind="wsd", warmup=0.2))
+    assert (model.data, model.shuffle) == ("split/em", True)
+
+
 def test_an_overlay_of_another_kind_stands_alone() -> None:
     """Keys of the section would be unknown to it."""
     source = {"kind": "hub", "name": "c4", "config": "en"}

@@ -23,7 +23,7 @@ same folder twice to compare the verdicts of a task's graders."""
 
 SEEDS_EXAMPLE = """\
 example:
-  dvc exp run --queue -S +models.em1.seed=2,3 evaluate@em1  # trainings over the same latents
+  dvc exp run --queue -S +models.em1.seed=1,2,3 evaluate@em1  # trainings over the same latents
   dvc exp run --queue -S data_seed=2 -S seed=2              # a full replicate
   dvc exp run --queue -S k_samples=1,8 evaluate@em1
   dvc queue start

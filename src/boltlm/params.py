@@ -1,15 +1,13 @@
 """params.yaml becomes frozen settings: one dataclass for each stage, built where the stage starts.
 
-A settings dataclass names what a stage reads. Each field is read from the key of its own name, or
-from the one given by `from_key("latents.{name}")`, in which `{name}` is the entry the stage works
-on; a field called `name` is that entry's name itself. Types say what a value may be:
+Each field is read from the key of its own name or from that of `from_key("latents.{name}")`, in
+which `{name}` is the entry that the stage works on, as is a field `name`. Types say what may be:
 
     Annotated[str, EntryName("models", "base")]     the name of an entry of `models`, or "base"
     Annotated[str, EntryPath(latents="latents")]    latents/<an entry of `latents`>
     Annotated[TrainConfig, Overlay("train")]        the section `train` with some keys changed
 
-An unknown, missing or ill-typed key, or a name that no entry has, is a UserError that names the
-key, the value and what is allowed.
+Anything else is a UserError that names the key, the value and what is allowed.
 """
 
 import dataclasses
@@ -293,8 +291,10 @@ def _overlaid(section: str, override: Any, where: str, params: Mapping[str, Any]
         raise UserError(f"params.yaml: {where} must be a mapping ({{}}: as `{section}`)")
     if override.get("kind", base.get("kind")) != base.get("kind"):
         return override
-    merged = {**base, **override}
-    for key, value in override.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
-            merged[key] = {**base[key], **value}
-    return merged
+    return _merged(base, override)
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}

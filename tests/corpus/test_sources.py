@@ -267,7 +267,9 @@ def test_the_boxed_answer_of_a_solution(solution: str, answer: str) -> None:
     assert sources.boxed_answer(solution) == answer
 
 
-@pytest.mark.parametrize("solution", ["It is 7.", r"$\boxed{}$", r"$\boxed{1", r"\boxed"])
+@pytest.mark.parametrize(
+    "solution", ["It is 7.", r"$\boxed{}$", r"$\boxed{\frac{1}{2}$", r"\boxed"]
+)
 def test_a_solution_without_an_answer_is_named(solution: str, tmp_path: Path) -> None:
     """It would become a question without an answer."""
     row = {"problem": "x?", "solution": solution, "type": "Algebra"}
@@ -349,6 +351,7 @@ def test_a_corpus_overrides_keys_of_the_main_source() -> None:
     [
         ({"kind": "web"}, r"corpora\.x\.source.*kind.*'web'"),
         ({"kind": "gsm8k"}, r"missing key corpora\.x\.source\.path"),
+        ({"shuffle_buffer": -1}, r"corpora\.x\.source\.shuffle_buffer must be 0 or more"),
         ({"pth": "b"}, r"unknown key corpora\.x\.source\.pth"),
         ({"path": 3}, r"corpora\.x\.source\.path must be of type str"),
     ],

@@ -174,7 +174,7 @@ def test_a_raw_model_has_no_bound(stage: CurveStage) -> None:
         ("one", {"documents": 0}, "curves.one.documents must be 1 or more"),
         ("one", {"evaluate": {"tasks": ["gsm8k/standard/raw"]}}, "no key benchmarks.gsm8k"),
         ("one", {"evaluate": {"ks": [1]}}, "unknown key curves.one.evaluate.ks"),
-        ("none", {}, "no key 'models.none.format'"),
+        ("none", {}, "no key 'models.none'"),
         ("one", {"likelihood": False, "evaluate": {"tasks": []}}, "there is nothing to measure"),
         ("raw", {"likelihood": False}, "is for a model of the format raw"),
     ],

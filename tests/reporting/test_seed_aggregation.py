@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,8 +116,42 @@ def test_trainings_over_the_same_data_are_told_from_replicates(tmp_path: Path) -
         ["| em2", "4", "2 replicates", "-18.000 ± 63.531"],
     ]
     assert paired_table(rows, 4, ["em1-em2"]).splitlines()[2:] == [
-        "| em1 − em2 | 2 replicates | 3.000 ± 0.000 |"
+        "| em1 − em2 | 2 replicates | 3.000 ± 0.000 |",
+        "| em1 − em2 | 3 trainings | 2.000 ± 2.484 |",
+        "| em1 − em2 | 3 trainings | 2.000 ± 2.484 |",
     ]
+
+
+def test_a_model_that_builds_on_another_training_is_left_out(tmp_path: Path) -> None:
+    """Two experiments in which em1 has seeds of its own: its latents, and so em2, are others than
+    em2's in an experiment of these seeds. What both have alike, the warm start, is one row."""
+    models: dict[str, dict[str, Any]] = {
+        "warmstart": {"parent": "base", "data": "teacher/warmstart"},
+        "em1": {"parent": "base", "data": "latents/em1"},
+        "em2": {"parent": "base", "data": "latents/em2"},
+    }
+    latents = {"em1": {"model": "warmstart"}, "em2": {"model": "em1"}}
+    for seed in (2, 3):
+        folder = tmp_path / str(seed)
+        (folder / "metrics" / "eval").mkdir(parents=True)
+        models["em1"]["seed"] = seed
+        params = {"data_seed": 1, "seed": 1, "k_samples": 4, "models": models, "latents": latents}
+        (folder / "params.yaml").write_text(json.dumps(params))
+        for name, value in (("warmstart", -3.0), ("em1", -float(seed)), ("em2", -0.1 * seed)):
+            metrics = json.dumps({"elbo_per_token": value})
+            (folder / "metrics" / "eval" / f"{name}.json").write_text(metrics)
+    folders = [tmp_path / "2", tmp_path / "3"]
+    rows = collect_seeds(4, [], folders)
+    assert [(row.model, row.seeds.train_seed) for row in rows] == [
+        ("em1", 2),
+        ("em1", 3),
+        ("warmstart", 1),
+    ]
+    table = paired_table(rows, 4, ["em1-warmstart"])
+    assert table.splitlines()[2:] == ["| em1 − warmstart | 2 trainings | 0.500 ± 6.353 |"]
+    (folders[1] / "metrics" / "eval" / "warmstart.json").write_text('{"elbo_per_token": -4.0}')
+    with pytest.raises(UserError, match=r"3: another folder has other metrics of warmstart"):
+        collect_seeds(4, [], folders)
 
 
 def test_metrics_that_an_older_commit_calls_otherwise_are_blank(repository: Path) -> None:

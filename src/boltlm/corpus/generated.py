@@ -30,6 +30,7 @@ from typing import Literal
 import numpy as np
 
 from boltlm.errors import UserError
+from boltlm.params import NonNegativeInt
 from boltlm.records import Document, Question
 from boltlm.seeds import generator, uniform
 
@@ -74,7 +75,7 @@ class GeneratedSource:
     min_steps: int
     max_steps: int
     max_step_size: int
-    shuffle_buffer: int
+    shuffle_buffer: NonNegativeInt
 
     def __post_init__(self) -> None:
         most = len(ORDINALS) + 1

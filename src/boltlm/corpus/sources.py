@@ -13,9 +13,10 @@ from typing import Any, Literal
 from boltlm.corpus.benchmarks import BenchmarkItem, read_benchmark
 from boltlm.corpus.chunks import split_sentences
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
-from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, stream_hub
+from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, split_revision, stream_hub
 from boltlm.corpus.shuffle import shuffled
 from boltlm.errors import UserError
+from boltlm.params import NonNegativeInt
 from boltlm.records import Document, Question
 
 GSM8K_STEM = "The answer is"
@@ -56,7 +57,7 @@ class FilesSource:
     kind: Literal["files"]
     path: str
     columns: ColumnMapping
-    shuffle_buffer: int | None
+    shuffle_buffer: NonNegativeInt | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ class HubSource:
     config: str | None
     split: str
     columns: ColumnMapping
-    shuffle_buffer: int | None
+    shuffle_buffer: NonNegativeInt | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ class GSM8KSource:
     kind: Literal["gsm8k"]
     path: str
     split: Literal["train", "test"]
-    shuffle_buffer: int | None
+    shuffle_buffer: NonNegativeInt | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +94,7 @@ class MATHSource:
     kind: Literal["math"]
     path: str
     split: Literal["train", "test"]
-    shuffle_buffer: int | None
+    shuffle_buffer: NonNegativeInt | None
 
 
 CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource | MATHSource
@@ -123,7 +124,7 @@ def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
         documents = _file_documents(config)
     else:
         rows = stream_hub(config.name, config.config, config.split)
-        documents = _mapped_documents(rows, config.columns, config.name)
+        documents = _mapped_documents(rows, config.columns, split_revision(config.name)[0])
     return shuffled(documents, config.shuffle_buffer, seed)
 
 
@@ -261,7 +262,7 @@ def boxed_answer(solution: str) -> str:
             rest, lambda depth, c: depth + (c == "{") - (c == "}"), initial=0
         )
         ends = (end for end, depth in enumerate(depths) if end and depth == 0)
-        answer = rest[1 : next(ends, 0) - 1]
+        answer = rest[1 : next(ends, 1) - 1]
     else:
         answer = rest.partition("$")[0]
     if not (mark and answer.strip()):

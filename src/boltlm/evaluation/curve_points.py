@@ -10,6 +10,7 @@ from pathlib import Path
 # more is better, −1 for the others. Counts, the parts of the bound and the like are not here.
 _DIRECTIONS = {
     "elbo_per_token": 1,
+    "elbo_k1_per_document": 1,
     "accuracy": 1,
     "nll_per_token": -1,
     "nll_in_context_per_token": -1,
@@ -34,7 +35,7 @@ class CurvePoint:
 
 def metric_direction(metric: str) -> int:
     """1 if more of a metric is better, −1 if less is, 0 if it is neither."""
-    if "/accuracy_by_subject/" in metric:
+    if "/accuracy_by_subject/" in metric or "/accuracy_by_level/" in metric:
         return 1
     name = metric.rpartition("/")[2].removesuffix("_selected")
     return _DIRECTIONS.get("elbo_per_token" if name.startswith("elbo_per_token_k") else name, 0)

@@ -15,10 +15,13 @@ from typing import Any
 from boltlm.errors import UserError
 from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings
 from boltlm.evaluation.curve_points import CurvePoint
+from boltlm.evaluation.downstream import TASK_DIR
 from boltlm.evaluation.run import EvaluationPaths, evaluate_model
+from boltlm.evaluation.task_spec import TaskSpec
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, read_shard, shard_paths, write_json, write_shard
+from boltlm.shard_store import exclusive_lock
 from boltlm.training.continual import RAW_TOKENS_KEY, TRAINING_FILE
 
 
@@ -55,14 +58,15 @@ def measure_curves(settings: CurveSettings, paths: CurvePaths) -> list[CurvePoin
             facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
             key = fingerprint({**shared, "model": hash_path(folder)})
             result = paths.work / "curves" / f"{key}.json"
-            if not result.is_file():
-                tables = result.with_suffix(".tables")  # of no use when the metrics are known
-                evaluated = EvaluationPaths(
-                    folder, paths.split, paths.chunks, paths.fewshot, paths.work, tables
-                )
-                evaluation = settings.evaluation(facts["steps"])
-                write_json(result, _evaluate(evaluation, evaluated, settings.entry.likelihood))
-                shutil.rmtree(tables)
+            with exclusive_lock(result, f"curves {settings.name}"):
+                if not result.is_file():
+                    tables = result.with_suffix(".tables")  # of no use when the metrics are known
+                    evaluated = EvaluationPaths(
+                        folder, paths.split, paths.chunks, paths.fewshot, paths.work, tables
+                    )
+                    evaluation = settings.evaluation(facts["steps"])
+                    write_json(result, _evaluate(evaluation, evaluated, settings.entry.likelihood))
+                    shutil.rmtree(tables)
             points += _points(facts, json.loads(result.read_text(encoding="utf-8")))
             progress.advance(1)
     return points
@@ -122,6 +126,10 @@ def _shared_facts(settings: CurveSettings, paths: CurvePaths) -> dict[str, Any]:
             task: [hash_path(Path(path)) for path in sorted(glob.glob(source))] or source
             for task, source in sources
         },
+        "tasks": [
+            (TASK_DIR / f"{TaskSpec.parse(task).task}.yaml").read_text(encoding="utf-8")
+            for task in config.tasks
+        ],
         "code": hash_code("boltlm.evaluation.snapshot_curves"),
     }
 
@@ -137,16 +145,27 @@ def _first_documents(settings: CurveSettings, paths: CurvePaths) -> CurvePaths:
     questions = paths.split / "questions"
     facts = {"documents": entry.documents, "data": data, "questions": hash_path(questions)}
     folder = paths.work / "curves" / f"first-{fingerprint(facts)}"
-    shutil.copytree(questions, folder / "split" / "questions", dirs_exist_ok=True)
-    for corpus in corpora:
-        remaining = entry.documents
-        for path in shard_paths(paths.chunks / corpus):
-            documents = read_shard(paths.split / corpus / path.name, Document)[:remaining]
-            if not documents:
-                break
-            remaining -= len(documents)
-            doc_ids = {document.doc_id for document in documents}
-            chunks = [chunk for chunk in read_shard(path, Chunk) if chunk.doc_id in doc_ids]
-            write_shard(folder / "split" / corpus / path.name, Document, documents)
-            write_shard(folder / "chunks" / corpus / path.name, Chunk, chunks)
+    with exclusive_lock(folder, f"curves {settings.name}"):
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+            target = partial / "split" / "questions"
+            shutil.copytree(questions, target, copy_function=shutil.copyfile)
+            for corpus in corpora:
+                _write_first_documents(paths, corpus, entry.documents, partial)
+            partial.replace(folder)
     return replace(paths, split=folder / "split", chunks=folder / "chunks")
+
+
+def _write_first_documents(paths: CurvePaths, corpus: str, count: int, folder: Path) -> None:
+    """Write the first `count` documents of a corpus and their chunks to `folder`."""
+    remaining = count
+    for path in shard_paths(paths.chunks / corpus):
+        documents = read_shard(paths.split / corpus / path.name, Document)[:remaining]
+        if not documents:
+            break
+        remaining -= len(documents)
+        doc_ids = {document.doc_id for document in documents}
+        chunks = [chunk for chunk in read_shard(path, Chunk) if chunk.doc_id in doc_ids]
+        write_shard(folder / "split" / corpus / path.name, Document, documents)
+        write_shard(folder / "chunks" / corpus / path.name, Chunk, chunks)

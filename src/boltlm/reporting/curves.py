@@ -132,7 +132,7 @@ def plot_snapshots(results: Results) -> Plot | SkippedPlot:
 
 def _is_drawn(metric: str) -> bool:
     """Whether a metric of snapshots has a panel."""
-    left_out = ("elbo_per_token_k", "/cue", "by_subject", "subset/", "_match")
+    left_out = ("elbo_per_token_k", "/cue", "accuracy_by_", "_per_document", "subset/", "_match")
     return metric_direction(metric) != 0 and not any(part in metric for part in left_out)
 
 

@@ -88,24 +88,21 @@ def collect_seeds(
     rows: dict[tuple[str, int, Seeds], SeedRow] = {}
     for name, params, metrics in map(_read_folder, folders) if folders else _experiments():
         k_samples, seed = _integer(params, "k_samples", name), _integer(params, "seed", name)
+        data_seed = _integer(params, "data_seed", name) if "data_seed" in params else seed
         for entry, values in metrics.items():
-            model, seeds = _trained_model(params, entry, seed)
+            if _has_reseeded_ancestor(params.get("models") or {}, params, entry):
+                continue
+            model, seeds = _trained_model(params, entry, Seeds(data_seed, seed, seed))
             if k_samples == default_k or model in of_other_k:
-                if folders and (model, k_samples, seeds) in rows:
+                known = {m: values[m] for m in SEED_METRICS if values.get(m) is not None}
+                key = model, k_samples, seeds
+                row = SeedRow(model=model, k_samples=k_samples, seeds=seeds, metrics=known)
+                if folders and rows.get(key, row) != row:
                     raise UserError(
-                        f"{name}: another folder has {model} with the same seeds"
+                        f"{name}: another folder has other metrics of {model} with the same seeds"
                         f" {tuple(seeds)} and K ({k_samples})"
                     )
-                rows[model, k_samples, seeds] = SeedRow(
-                    model=model,
-                    k_samples=k_samples,
-                    seeds=seeds,
-                    metrics={
-                        metric: values[metric]
-                        for metric in SEED_METRICS
-                        if values.get(metric) is not None
-                    },
-                )
+                rows[key] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -126,8 +123,10 @@ def seed_table(rows: Sequence[SeedRow]) -> str:
 
 def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) -> str:
     """A Markdown table with the difference in elbo_per_token of each pair `model-reference`, paired
-    by seed; the cells are INTERVAL_NOTE. For a model without latents, −nll_in_context_per_token,
-    which is exact and covers the same chunks in the same contexts, takes the bound's place.
+    by seed; the cells are INTERVAL_NOTE. A training with a seed of its own is compared with that of
+    the reference, or else with the reference that has the seed of the experiment. For a model
+    without latents, −nll_in_context_per_token, which is exact and covers the same chunks in the
+    same contexts, takes the bound's place.
 
     Raises UserError if a pair does not name two models that have such a value.
     """
@@ -145,10 +144,14 @@ def paired_table(rows: Sequence[SeedRow], default_k: int, pairs: Sequence[str]) 
                 f"a pair must be <model>-<reference>, each one of {', '.join(models) or 'none'};"
                 f" found '{pair}'"
             )
-        shared = [seeds for name, seeds in bounds if name == model and (reference, seeds) in bounds]
-        for what, group in _seed_groups(shared) or [("0", [])]:
-            differences = [bounds[model, seeds] - bounds[reference, seeds] for seeds in group]
-            lines.append([f"{model} − {reference}", what, _format_mean(differences)])
+        differences: dict[Seeds, float] = {}
+        for seeds in (seeds for name, seeds in bounds if name == model):
+            default = bounds.get((reference, seeds._replace(train_seed=seeds.seed)))
+            if (other := bounds.get((reference, seeds), default)) is not None:
+                differences[seeds] = bounds[model, seeds] - other
+        for what, group in _seed_groups(list(differences)) or [("0", [])]:
+            cell = _format_mean([differences[seeds] for seeds in group])
+            lines.append([f"{model} − {reference}", what, cell])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -210,17 +213,32 @@ def _read_folder(folder: Path) -> _Experiment:
     return _Experiment(str(folder), params, metrics)
 
 
-def _trained_model(params: Any, name: str, seed: int) -> tuple[str, Seeds]:
+def _has_reseeded_ancestor(models: Mapping[str, Any], params: Any, name: str) -> bool:
+    """Whether a model that `name` builds on, by its weights or its latents, has a seed of its own:
+    what `name` was trained on is then not what it is in other experiments of the same seeds."""
+    entry = models.get(name, {})
+    ancestors = [entry.get("parent")]
+    folder, _, latents = entry.get("data", "").partition("/")
+    if folder == "latents":
+        source = (params.get("latents") or {}).get(latents, {})
+        ancestors += [source.get("model"), source.get("previous_model")]
+    return any(
+        models[ancestor].get("seed") is not None or _has_reseeded_ancestor(models, params, ancestor)
+        for ancestor in ancestors
+        if ancestor in models
+    )
+
+
+def _trained_model(params: Any, name: str, seeds: Seeds) -> tuple[str, Seeds]:
     """The first entry of `models` that differs from the entry `name` by its seed alone, and the
-    seeds of this one. `seed`: of the experiment; where there is no `data_seed` it is that, too."""
-    data_seed = params.get("data_seed", seed)
+    seeds of this one; `seeds`: those of the experiment."""
     models = params.get("models") or {}
     if name not in models:
-        return name, Seeds(data_seed, seed, seed)
+        return name, seeds
     entry = _without_seed(models[name])
     first = next(other for other in models if _without_seed(models[other]) == entry)
     own = models[name].get("seed", params.get("model_defaults", {}).get("seed"))
-    return first, Seeds(data_seed, seed, seed if own is None else own)
+    return first, seeds if own is None else seeds._replace(train_seed=own)
 
 
 def _without_seed(entry: Mapping[str, Any]) -> dict[str, Any]:
