@@ -168,8 +168,9 @@ class TeacherStage:
         entry = {"kind": kind, **COMMON_KEYS, **KEYS_BY_KIND[kind]}
         if server is not None:
             entry["base_url"] = server.url
-        self.params["teachers"] = {"t": {**entry, **changes}}
-        self.params["inputs"] = {"teacher": changes["model"]} if kind == "vllm" else {}
+        entry |= changes
+        self.params["teachers"] = {"t": entry}
+        self.params["inputs"] = {"teacher": entry["model"]} if kind == "vllm" else {}
         return self
 
     @property

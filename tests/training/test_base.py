@@ -187,7 +187,8 @@ def test_a_real_checkpoint_becomes_a_base_model(tmp_path: Path) -> None:
     """`base.kind: checkpoint` end to end, with tied matrices and a SentencePiece tokenizer: the
     logits of the old tokens do not change."""
     name = str(stories_checkpoint())
-    params = load(tiny.ROOT / "params.yaml") | {"base": {"kind": "checkpoint", "model": name}}
+    base = {"kind": "checkpoint", "model": name}
+    params = load(tiny.ROOT / "params.yaml") | {"base": base, "inputs": {"model": name}}
     folder, csv_path = tmp_path / "base", tmp_path / "base.csv"
     run_base(
         build_settings(BaseSettings, params),
