@@ -90,7 +90,7 @@ def collect_seeds(
         k_samples, seed = _integer(params, "k_samples", name), _integer(params, "seed", name)
         data_seed = _integer(params, "data_seed", name) if "data_seed" in params else seed
         for entry, values in metrics.items():
-            if _has_reseeded_ancestor(params.get("models") or {}, params, entry):
+            if _has_reseeded_ancestor(params, entry):
                 continue
             model, seeds = _trained_model(params, entry, Seeds(data_seed, seed, seed))
             if k_samples == default_k or model in of_other_k:
@@ -213,9 +213,10 @@ def _read_folder(folder: Path) -> _Experiment:
     return _Experiment(str(folder), params, metrics)
 
 
-def _has_reseeded_ancestor(models: Mapping[str, Any], params: Any, name: str) -> bool:
+def _has_reseeded_ancestor(params: Any, name: str) -> bool:
     """Whether a model that `name` builds on, by its weights or its latents, has a seed of its own:
     what `name` was trained on is then not what it is in other experiments of the same seeds."""
+    models = params.get("models") or {}
     entry = models.get(name, {})
     ancestors = [entry.get("parent")]
     folder, _, latents = entry.get("data", "").partition("/")
@@ -223,7 +224,7 @@ def _has_reseeded_ancestor(models: Mapping[str, Any], params: Any, name: str) ->
         source = (params.get("latents") or {}).get(latents, {})
         ancestors += [source.get("model"), source.get("previous_model")]
     return any(
-        models[ancestor].get("seed") is not None or _has_reseeded_ancestor(models, params, ancestor)
+        models[ancestor].get("seed") is not None or _has_reseeded_ancestor(params, ancestor)
         for ancestor in ancestors
         if ancestor in models
     )
