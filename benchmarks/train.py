@@ -201,7 +201,7 @@ def minimal_loop(model: Any, dataset: PackedDataset, config: TrainConfig, _: Pat
 
 def measure_side(args: argparse.Namespace) -> dict[str, float]:
     """Train one side twice in this process; three steps of warm-up and then the measured run."""
-    if args.side == "ours":
+    if args.side in ("ours", "snapshots"):  # as the stages do
         checkpoint.keep_freed_memory()
     config, device = train_config(args), checkpoint.default_device()
     sides = {"ours": ours, "trainer": trainer, "minimal_loop": minimal_loop, "snapshots": ours}

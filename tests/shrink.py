@@ -55,6 +55,7 @@ SHRUNK: dict[str, Any] = {
     "evaluate.limit": 2,
     "finetune.epochs": 1,
     "finetune.seeds": 1,
+    "finetune.workers": 1,
     "finetune.samples": 2,
     "finetune.max_thought_tokens": 24,
     "finetune.max_answer_tokens": 8,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from boltlm.shard_store import mark_complete, repository_path, run_shards
+from boltlm.shard_store import exclusive_lock, mark_complete, repository_path, run_shards
 
 NAMES = [f"{index:05d}.parquet" for index in range(5)]
 
@@ -127,3 +127,15 @@ def test_shared_paths_follow_dvc_root(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert repository_path(Path(".work")).resolve() == Path.cwd() / ".work"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     assert repository_path(Path("/elsewhere/work")) == Path("/elsewhere/work")
+
+
+def test_work_of_another_process_is_declined(tmp_path: Path) -> None:
+    """Without waiting; and it is held here when the other has ended."""
+    with exclusive_lock(tmp_path / "work", "one") as held:
+        assert held
+        with exclusive_lock(tmp_path / "work", "two", wait=False) as held_too:
+            assert not held_too
+        with exclusive_lock(tmp_path / "other", "two", wait=False) as held_too:
+            assert held_too
+    with exclusive_lock(tmp_path / "work", "two", wait=False) as held:
+        assert held

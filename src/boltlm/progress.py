@@ -1,5 +1,6 @@
 """Progress of a long step: a bar on a terminal, elsewhere a plain line at growing intervals."""
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -22,13 +23,15 @@ def track_progress(items: Iterable[_T], *, what: str, total: int | None, unit: s
 
 class Progress:
     """A progress display that is advanced by hand. `note` adds a short text to it, such as the loss
-    or the cost. `silent`: another process shows the progress."""
+    or the cost. `silent`: another process shows the progress. Worker processes print lines, because
+    several bars would overwrite each other."""
 
     def __init__(self, *, what: str, total: int | None, unit: str, silent: bool = False) -> None:
         self.what, self.total, self.unit, self.silent = what, total, unit, silent
         self.count, self.text = 0, ""
         self.started = self.last_line = time.monotonic()
-        terminal = sys.stderr.isatty() and not silent
+        is_worker = multiprocessing.parent_process() is not None
+        terminal = sys.stderr.isatty() and not silent and not is_worker
         self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True) if terminal else None
 
     def __enter__(self) -> "Progress":

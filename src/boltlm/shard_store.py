@@ -43,21 +43,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive_lock(folder: Path, what: str, *, acquire: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder of unfinished work. A second run waits for it and says so; the lock
-    of a process that dies is released. `acquire` false: another process of this run holds it."""
+def exclusive_lock(
+    folder: Path, what: str, *, acquire: bool = True, wait: bool = True
+) -> Iterator[bool]:
+    """Hold the lock of a folder of unfinished work, and yield whether it is held. A second run
+    waits for it and says so or, with `wait` false, goes without it; the lock of a process that dies
+    is released. `acquire` false: another process of this run holds it."""
     if not acquire:
-        yield
+        yield True
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"), blocking=False)
     try:
         lock.acquire()
     except TimeoutError:
+        if not wait:
+            yield False
+            return
         print(f"{what}: waiting for another process that does the same work", flush=True)
         lock.acquire(blocking=True)
     try:
-        yield
+        yield True
     finally:
         lock.release()
 

@@ -298,6 +298,7 @@ def small(base_folder: Path, tmp_path: Path) -> SmallStage:
         ({"runs": {"one": {**RUN, "data": "latents/em1"}}}, "runs.one.data must be teacher/"),
         ({"runs": {"one": {**RUN, "beams": 4}}}, "unknown key finetune.runs.one.beams"),
         ({"seeds": 0}, "finetune.seeds must be 1 or more"),
+        ({"workers": 0}, "finetune.workers must be 1 or more"),
         ({"temperature": -1.0}, "finetune.temperature must be 0 or more"),
         ({"heldout_fraction": 1.0}, "finetune.heldout_fraction must be 0 or more and below 1"),
         ({"heldout_fraction": 0.999}, "no training document has a thought"),
@@ -408,3 +409,60 @@ def test_each_seed_has_random_numbers_of_its_own(
     _, answers = small.run()
     completions = [a.completion for a in answers]
     assert len(set(completions)) == len(completions) == 32
+
+
+def test_trainings_at_once_give_the_same(
+    small: SmallStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds in two processes: the bytes of one process, which trains one after the other."""
+    small.params["finetune"] |= {"epochs": 1}
+    small.params["sampling"]["threads"] = 1
+    one = small.run("one")
+    monkeypatch.setattr(stage, "train_model", None)
+    small.params["finetune"]["workers"] = 2
+    assert small.run("two") == one
+    files = [sorted(small.paths(name).out.iterdir()) for name in ("one", "two")]
+    assert [len(tables) for tables in files] == [2, 2]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+def test_a_failed_training_loses_no_other(
+    small: SmallStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of the first seed are there when the second fails; only that is trained again."""
+    seeds: list[int] = []
+
+    def failing_once(*arguments: Any, seed: int, **options: Any) -> TrainResult:
+        seeds.append(seed)
+        if len(seeds) == 2:
+            raise OSError("the disk is full")
+        return train_model(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(stage, "train_model", failing_once)
+    small.params["finetune"] |= {"epochs": 1}
+    with pytest.raises(OSError, match="the disk is full"):
+        small.run()
+    small.run()
+    assert [seed == seeds[0] for seed in seeds] == [True, False, False]
+    assert seeds[1] == seeds[2]
+
+
+@pytest.mark.parametrize(
+    ("workers", "trainings", "cuda", "count", "gpus"),
+    [(1, 5, True, 1, 0), (8, 5, True, 5, 1), (4, 5, False, 4, 0), (4, 1, True, 1, 0)],
+)
+def test_each_of_several_trainings_has_a_gpu(
+    small: SmallStage,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    trainings: int,
+    cuda: bool,
+    count: int,
+    gpus: int,
+) -> None:
+    """Where there are GPUs; a training alone has what the process has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    small.params["finetune"]["workers"] = workers
+    settings = build_settings(FinetuneSettings, small.params, name="one")
+    shared = stage._workers(settings, trainings)
+    assert (shared.count, shared.gpus_per_worker) == (count, gpus)

@@ -1,13 +1,16 @@
 """The stage `curves`: equal to the evaluation of each snapshot, resumed, and summarised."""
 
+import contextlib
 import json
-import os
 import re
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,6 +28,7 @@ from boltlm.evaluation.curve_points import (
 from boltlm.evaluation.run import EvaluationPaths
 from boltlm.evaluation.snapshot_curves import CurvePaths, measure_curves
 from boltlm.params import build_settings
+from boltlm.shard_store import exclusive_lock
 from tests import tiny
 from tests.evaluation.test_run import Stage
 
@@ -193,35 +197,121 @@ def test_a_model_without_snapshots_is_an_error(stage: CurveStage, tmp_path: Path
         measure_curves(settings, paths)
 
 
-def evaluate_elsewhere(settings: Any, *_: Any, **__: Any) -> dict[str, float]:
-    """Stands for `evaluate_model` in a process of its own."""
-    if settings.name.endswith("step 1"):
-        raise UserError("what the user did")
-    if settings.name.endswith("step 2"):
-        os._exit(9)
-    return {"process": os.getpid()}
+def with_workers(stage: CurveStage, count: int, **sampling: Any) -> CurveSettings:
+    """Small evaluations, without tasks, by this many workers."""
+    entry = {**ENTRY, "documents": 2, "evaluate": {"tasks": [], "k_samples": [1]}}
+    changes = {"workers": count, "threads": 1, **sampling}
+    params = {**stage.params, "sampling": {**stage.params["sampling"], **changes}}
+    return build_settings(CurveSettings, {**params, "curves": {"one": entry}}, name="one")
+
+
+def first_snapshots(stage: CurveStage, count: int, folder: Path) -> CurvePaths:
+    """The paths with the first snapshots alone, and an empty work folder."""
+    for snapshot in sorted(stage.curve_paths.snapshots.iterdir())[:count]:
+        shutil.copytree(snapshot, folder / "snapshots" / snapshot.name)
+    return replace(stage.curve_paths, snapshots=folder / "snapshots", work=folder / "work")
+
+
+def no_evaluation(*_: Any, **__: Any) -> dict[str, float]:
+    raise AssertionError("this process must not evaluate")
+
+
+def test_several_workers_measure_the_same(
+    stage: CurveStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes: the same bytes as this one."""
+    paths = first_snapshots(stage, 2, tmp_path)
+    write_curves(tmp_path / "one.csv", measure_curves(with_workers(stage, 1), paths))
+    monkeypatch.setattr(snapshot_curves, "evaluate_model", no_evaluation)
+    paths = replace(paths, work=tmp_path / "work2")
+    write_curves(tmp_path / "two.csv", measure_curves(with_workers(stage, 2), paths))
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+def test_a_worker_that_dies_loses_no_finished_snapshot(
+    stage: CurveStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two processes is killed. The error names its snapshot; the other's is stored, and the
+    next run does what is missing."""
+    paths, settings = first_snapshots(stage, 2, tmp_path), with_workers(stage, 2)
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(UserError, match=r"curves one, step \d+: its process ended with .* -9"):
+        measure_curves(settings, paths)
+    killer.join()
+    assert len(list((paths.work / "curves").glob("*.json"))) == 1
+    evaluated: list[str] = []
+
+    def evaluate(settings: Any, paths: Any, **options: Any) -> dict[str, float]:
+        evaluated.append(paths.model.name)
+        return run.evaluate_model(settings, paths, **options)
+
+    monkeypatch.setattr(snapshot_curves, "evaluate_model", evaluate)
+    assert {point.step for point in measure_curves(settings, paths)} == {10, 20}
+    assert len(evaluated) == 1
+
+
+def kill_a_worker() -> None:
+    while True:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    return
+        time.sleep(0.01)
+
+
+def test_two_runs_share_the_snapshots(
+    stage: CurveStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process evaluates the first snapshot this one does the others; that process
+    then dies, and its snapshot is evaluated here."""
+    paths, settings = first_snapshots(stage, 3, tmp_path), with_workers(stage, 1)
+    first, *_ = snapshot_curves._find_snapshots(settings, paths)
+    evaluate_model, evaluated = run.evaluate_model, []
+    other = contextlib.ExitStack()
+    other.enter_context(exclusive_lock(first.result, "another process"))
+
+    def evaluate(settings: Any, paths: Any, **options: Any) -> dict[str, float]:
+        evaluated.append(int(paths.model.name.removeprefix("step-")))
+        if evaluated == [20, 25]:
+            other.close()
+        return evaluate_model(settings, paths, **options)
+
+    monkeypatch.setattr(snapshot_curves, "evaluate_model", evaluate)
+    assert [p.step for p in measure_curves(settings, paths) if p.metric == "utility"] == [*STEPS]
+    assert evaluated == [20, 25, 10]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "snapshots", "count", "gpus", "inner"),
+    [
+        ({"workers": 8, "gpus_per_worker": 1}, 34, 8, 1, 1),
+        ({"workers": 8, "gpus_per_worker": 1}, 3, 3, 2, 2),  # the draws of each have two
+        ({"workers": 8, "gpus_per_worker": 2}, 1, 1, 16, 8),
+        ({"workers": 1}, 5, 1, 0, 1),
+        ({"workers": 8, "gpus_per_worker": 1, "executor": "ray"}, 34, 1, 0, 8),
+    ],
+)
+def test_workers_are_divided(
+    stage: CurveStage, sampling: Any, snapshots: int, count: int, gpus: int, inner: int
+) -> None:
+    """Over snapshots first, over the draws of each where there are more workers than snapshots."""
+    settings = with_workers(stage, sampling.pop("workers"), **sampling)
+    workers, config = snapshot_curves._divide_workers(settings, snapshots)
+    assert (workers.count, workers.gpus_per_worker, workers.threads) == (count, gpus, 1)
+    assert (config.workers, config.threads) == (inner, 1)
 
 
 def test_vllm_has_a_process_for_each_snapshot(
-    stage: CurveStage, monkeypatch: pytest.MonkeyPatch
+    stage: CurveStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its engine keeps the GPU's memory until its process ends. Errors come through, also that the
-    process was killed."""
-    params = {**stage.params, "evaluate": {**stage.params["evaluate"], "backend": "vllm"}}
-    settings = build_settings(CurveSettings, params, name="one")
-    monkeypatch.setattr(snapshot_curves, "evaluate_model", evaluate_elsewhere)
-
-    def process_of(settings: CurveSettings, step: int) -> float:
-        evaluate = snapshot_curves._evaluate
-        return evaluate(settings.evaluation(step), stage.paths, True)["process"]
-
-    assert os.getpid() not in {process_of(settings, 3), process_of(settings, 4)}
-    with pytest.raises(UserError, match="what the user did"):
-        process_of(settings, 1)
-    with pytest.raises(UserError, match=r"curves one, step 2: the process died .* run again"):
-        process_of(settings, 2)
-    plain = build_settings(CurveSettings, stage.params, name="one")
-    assert process_of(plain, 3) == os.getpid()
+    """Its engine keeps the GPU's memory until its process ends."""
+    monkeypatch.setattr(snapshot_curves, "evaluate_model", no_evaluation)
+    paths, settings = first_snapshots(stage, 1, tmp_path), with_workers(stage, 1)
+    evaluate = replace(settings.entry.evaluate, backend="vllm")
+    settings = replace(settings, entry=replace(settings.entry, evaluate=evaluate))
+    assert {point.step for point in measure_curves(settings, paths)} == {10}
 
 
 def curve(metric: str, *values: float | None) -> list[CurvePoint]:

@@ -31,10 +31,10 @@ class SamplingConfig:
     the remainder.
 
     `executor` says where shards are processed, by `workers` processes (`local`) or actors (`ray`)
-    with `gpus_per_worker` GPUs and `threads` CPU threads each. `threads: null` stands for
-    OMP_NUM_THREADS or, if that is not set, an equal part of the CPU cores (one core on Ray). The
-    number of threads can change the last bits of a sum. `address` is that of a running Ray cluster;
-    null starts one on this machine.
+    with `gpus_per_worker` GPUs and `threads` CPU threads each. With `local`, the stage `curves`
+    evaluates as many snapshots at once. `threads: null` stands for OMP_NUM_THREADS or, if that is
+    not set, an equal part of the CPU cores (one core on Ray). The number of threads can change the
+    last bits of a sum. `address` is that of a running Ray cluster; null starts one on this machine.
     """
 
     sampler: Literal["transformers", "vllm"]

@@ -6,7 +6,6 @@ the shard that it was processing and nothing else.
 """
 
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from boltlm.errors import UserError
 from boltlm.estep.config import SamplingConfig
 from boltlm.estep.contexts import Throughput
 from boltlm.estep.shard_worker import ShardTask, ShardWorker
+from boltlm.estep.worker_processes import assign_gpus, threads_per_worker, use_gpus
 
 # State of a worker process, set by _initialize_process and _process_shard.
 _task: ShardTask | None = None
@@ -35,7 +35,8 @@ def execute_shards(task: ShardTask, shards: Sequence[str]) -> Iterator[Throughpu
     config = task.settings.sampling
     if config.executor == "ray":
         return _execute_on_ray(task, shards, config)
-    if config.workers == 1:
+    # vLLM gives a GPU's memory back only when its process ends, so its worker has one of its own.
+    if config.workers == 1 and config.sampler != "vllm":
         return map(_create_worker(task, config.threads), shards)
     return _execute_in_processes(task, shards, config)
 
@@ -52,16 +53,15 @@ def _execute_in_processes(
     """One process per worker, each with its own GPUs if there are any."""
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
-    for gpus in _visible_gpus(config):
-        devices.put(gpus)
     workers = min(config.workers, len(shards))
-    threads = config.threads
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    for gpus in assign_gpus(workers, int(config.gpus_per_worker), "sampling.workers"):
+        devices.put(gpus)
+    threads = threads_per_worker(config.threads, config.workers)
     pool = ProcessPoolExecutor(workers, context, _initialize_process, (task, threads, devices))
     try:
         for future in as_completed([pool.submit(_process_shard, shard) for shard in shards]):
             yield future.result()
+        pool.shutdown()  # with the processes, the memory of their GPUs is free for what follows
     except BrokenProcessPool as error:
         raise UserError(
             f"sampling for '{task.purpose}': a worker process died (killed, or out of memory);"
@@ -71,30 +71,10 @@ def _execute_in_processes(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _visible_gpus(config: SamplingConfig) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each worker, a part of what this process may use."""
-    gpus_per_worker = int(config.gpus_per_worker)
-    if gpus_per_worker == 0:
-        return [""] * config.workers
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if len(gpus) < gpus_per_worker * config.workers:
-        raise UserError(
-            f"sampling: {config.workers} workers with {gpus_per_worker} GPUs each, but"
-            f" {len(gpus)} GPUs are available; lower sampling.workers or sampling.gpus_per_worker"
-        )
-    return [
-        ",".join(gpus[gpus_per_worker * i : gpus_per_worker * (i + 1)])
-        for i in range(config.workers)
-    ]
-
-
 def _initialize_process(task: ShardTask, threads: int | None, devices: Any) -> None:
     """Assign GPUs to a worker process before it initializes CUDA."""
     global _task, _threads
-    gpus = devices.get()
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    use_gpus(devices.get())
     _task, _threads = task, threads
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from boltlm.shard_store import atomic_write
+
 # The metrics that have a better and a worse, by the last part of their names: 1 for those of which
 # more is better, −1 for the others. Counts, the parts of the bound and the like are not here.
 _DIRECTIONS = {
@@ -63,9 +65,9 @@ def summarize_curves(points: Sequence[CurvePoint]) -> dict[str, dict[str, float]
 
 
 def write_curves(path: Path, points: Sequence[CurvePoint]) -> None:
-    """Write a CSV file with a line for each point; a missing number is left blank."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write a CSV file with a line for each point, completely or not at all; a missing number is
+    left blank."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(CurvePoint)])
         writer.writerows(["" if v is None else v for v in astuple(point)] for point in points)

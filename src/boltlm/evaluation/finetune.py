@@ -4,7 +4,6 @@ on held-out questions, several samples each (docs/method.md, 6.3).
 Shapes: S seeds (trainings), Q questions, N samples of an answer.
 """
 
-import glob
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,24 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from boltlm import checkpoint
 from boltlm.estep.scoring import token_log_probs
+from boltlm.estep.worker_processes import Workers, run_tasks, threads_per_worker
 from boltlm.evaluation.clustered_errors import mean_estimate
-from boltlm.evaluation.downstream import (
-    TASK_DIR,
-    DecodingConfig,
-    TaskAnswer,
-    TaskOptions,
-    task_metrics,
-)
+from boltlm.evaluation.downstream import DecodingConfig, TaskAnswer, TaskOptions, task_metrics
 from boltlm.evaluation.finetune_config import FinetuneSettings
 from boltlm.evaluation.sft_data import FinetuneExamples, load_examples
-from boltlm.evaluation.task_runner import TaskRunner, task_data
+from boltlm.evaluation.task_runner import TaskRunner, task_data, task_facts
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import read_shard, shard_name, write_shard
 from boltlm.seeds import generator
-from boltlm.sequences.sft import SFTDataset, SFTExample
+from boltlm.sequences.sft import SFTDataset
 from boltlm.shard_store import (
     atomic_write,
     exclusive_lock,
@@ -59,9 +54,10 @@ def run_finetuning(settings: FinetuneSettings, paths: FinetunePaths) -> dict[str
     """Fine-tune the model and evaluate it once for each seed; write every answer, return the
     metrics.
 
-    The results of a seed are stored in `paths.work` under a fingerprint of everything that they
-    depend on; an interrupted training resumes from its last checkpoint. Raises UserError where no
-    training document has a thought with which it fits the context window.
+    The seeds are shared by `settings.workers` processes. The results of a seed are stored in
+    `paths.work` under a fingerprint of everything that they depend on; an interrupted training
+    resumes from its last checkpoint. Raises UserError where no training document has a thought with
+    which it fits the context window, or the process of a worker dies.
     """
     label = f"finetune {settings.name}"
     data_path = task_data(settings.task_spec, settings.benchmarks, paths.split)
@@ -70,10 +66,14 @@ def run_finetuning(settings: FinetuneSettings, paths: FinetunePaths) -> dict[str
     facts = _fingerprint_facts(settings, weights, examples, data_path)
     work = paths.work / "finetune" / fingerprint(facts)
     runs = [
-        _SeedRun(settings, paths.work, work / f"seed-{index}", weights, data_path, index)
+        _SeedRun(settings, examples, paths.work, work / f"seed-{index}", weights, data_path, index)
         for index in range(1, settings.seeds + 1)
     ]
-    losses = [run.run(examples, f"{label}, seed {run.index}") for run in runs]
+    missing = {run.label: run for run in runs if not run.is_finished}
+    if missing:
+        for _ in run_tasks(_SeedRun.run, missing, _workers(settings, len(missing))):
+            pass
+    losses = [float(run.loss_path.read_text("utf-8")) for run in runs]
     publish_shards([run.answers_path for run in runs], paths.out)
     tables = [read_shard(run.answers_path, TaskAnswer) for run in runs]
     metrics = task_metrics([answer for table in tables for answer in table], label)
@@ -88,16 +88,13 @@ def _fingerprint_facts(
     settings: FinetuneSettings, weights: Path, examples: FinetuneExamples, data_path: str
 ) -> dict[str, Any]:
     """What the results of a seed depend on, JSON-ready."""
-    files = [hash_path(Path(path)) for path in sorted(glob.glob(data_path))]
     return {
         "model": hash_path(weights),
         "examples": [
             [[*example.prompt], [*example.completion]]
             for example in (*examples.training, *examples.heldout)
         ],
-        "questions": files or data_path,
-        "task": (TASK_DIR / f"{settings.task_spec.task}.yaml").read_text("utf-8"),
-        "task_spec": settings.task_spec.name,
+        "task": task_facts(settings.task_spec, data_path),
         "answers": [
             settings.backend,
             settings.max_thought_tokens,
@@ -110,6 +107,18 @@ def _fingerprint_facts(
         "seed": settings.seed,
         "code": hash_code("boltlm.evaluation.finetune"),
     }
+
+
+def _workers(settings: FinetuneSettings, num_trainings: int) -> Workers:
+    """One training at a time, or several, each in a process and, where there are any, on a GPU."""
+    count = min(settings.workers, num_trainings)
+    return Workers(
+        count=count,
+        gpus_per_worker=1 if count > 1 and torch.cuda.is_available() else 0,
+        threads=threads_per_worker(settings.sampling.threads, settings.workers),
+        isolated=settings.backend == "vllm",
+        key="finetune.workers",
+    )
 
 
 def _decoding(settings: FinetuneSettings) -> DecodingConfig:
@@ -127,6 +136,7 @@ class _SeedRun:
     work of all stages, `work` that of this training."""
 
     settings: FinetuneSettings
+    examples: FinetuneExamples
     cache: Path
     work: Path
     weights: Path
@@ -147,32 +157,50 @@ class _SeedRun:
         """The seed of the order of the examples and of the sampled answers."""
         return int(generator(self.settings.seed, "finetune", self.index).integers(2**31))
 
-    def run(self, examples: FinetuneExamples, label: str) -> float:
-        """Leave the answers in their file; return −log p of the held-out completions per token."""
-        model = self.work / "model"
-        with exclusive_lock(self.work, label):
+    @property
+    def label(self) -> str:
+        return f"finetune {self.settings.name}, seed {self.index}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there are results, and the weights that they needed are removed."""
+        has_results = is_complete(self.answers_path) and is_complete(self.loss_path)
+        return has_results and not any(folder.exists() for folder in self._intermediate)
+
+    @property
+    def _intermediate(self) -> tuple[Path, Path]:
+        """The folders of the weights and of the checkpoints."""
+        return self.work / "model", self.work / "steps"
+
+    def run(self, wait: bool) -> bool:
+        """Leave the answers, and −log p of the held-out completions per token, in their files; see
+        `run_tasks`."""
+        model, _ = self._intermediate
+        with exclusive_lock(self.work, self.label, wait=wait) as is_held:
+            if not is_held:
+                return False
             if not (is_complete(self.answers_path) and is_complete(self.loss_path)):
                 if not is_complete(model / "training.json"):
-                    self._train(examples.training, model, label)
-                self._evaluate(examples.heldout, model, label)
-            # Weights and checkpoints are no longer needed.
-            for folder in (model, self.work / "steps"):
+                    self._train(model)
+                    torch.cuda.empty_cache()  # what PyTorch keeps, vLLM would lack
+                self._evaluate(model)
+            for folder in self._intermediate:
                 shutil.rmtree(folder, ignore_errors=True)
-        return float(self.loss_path.read_text("utf-8"))
+        return True
 
-    def _train(self, examples: list[SFTExample], out: Path, label: str) -> None:
+    def _train(self, out: Path) -> None:
         config = self.settings.train
-        dataset = SFTDataset(examples, self.settings.epochs, self.seed)
+        dataset = SFTDataset(self.examples.training, self.settings.epochs, self.seed)
         checkpoint.keep_freed_memory()
         model = checkpoint.load_model(self.weights)
-        checkpoints = CheckpointManager(self.work / "steps", config.checkpoint_every, label)
+        checkpoints = CheckpointManager(self.work / "steps", config.checkpoint_every, self.label)
         result = train_model(
             model,
             dataset,
             config,
             seed=self.seed,
             csv_path=self.work / "curve.csv",
-            what=label,
+            what=self.label,
             checkpoints=checkpoints,
         )
         facts = {"steps": result.steps, "tokens": result.tokens}
@@ -180,7 +208,7 @@ class _SeedRun:
         mark_complete(out / "training.json")
         checkpoints.clear()
 
-    def _evaluate(self, heldout: list[SFTExample], model: Path, label: str) -> None:
+    def _evaluate(self, model: Path) -> None:
         settings = self.settings
         runner = TaskRunner(
             model,
@@ -190,7 +218,7 @@ class _SeedRun:
             sampling=settings.sampling,
             seed=self.seed,
             work=self.cache,
-            label=label,
+            label=self.label,
         )
         options = TaskOptions(
             data_path=self.data_path,
@@ -201,18 +229,18 @@ class _SeedRun:
             limit=settings.limit,
         )
         answers = runner.run(settings.task_spec, options)
-        loss = self._heldout_loss(heldout, model)
+        loss = self._heldout_loss(model)
         with atomic_write(self.loss_path) as temporary:
             temporary.write_text(repr(loss), encoding="utf-8")
         mark_complete(self.loss_path)
         write_shard(self.answers_path, TaskAnswer, answers)
         mark_complete(self.answers_path)
 
-    def _heldout_loss(self, heldout: list[SFTExample], model: Path) -> float:
+    def _heldout_loss(self, model: Path) -> float:
         """−log p of the held-out completions per token, nats; NaN where there are none."""
+        heldout, sampling = self.examples.heldout, self.settings.sampling
         if not heldout:
             return math.nan
-        sampling = self.settings.sampling
         log_probs = token_log_probs(
             checkpoint.load_model(model, sampling.precision),
             [list(example.prompt) for example in heldout],

@@ -35,7 +35,8 @@ class FinetuneSettings:
 
     The fraction `heldout_fraction` of the documents is held out and scored instead of trained on.
     Each of `seeds` trainings answers every question `samples` times; `temperature` 0 is greedy
-    decoding, `top_k` 0 is no truncation.
+    decoding, `top_k` 0 is no truncation. `workers` trainings run at once, several of them in
+    processes of their own, each on a GPU where there are GPUs; it changes no result.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FinetuneSettings:
     epochs: PositiveInt = from_key("finetune.epochs")
     heldout_fraction: float = from_key("finetune.heldout_fraction")
     seeds: PositiveInt = from_key("finetune.seeds")
+    workers: PositiveInt = from_key("finetune.workers")
     samples: PositiveInt = from_key("finetune.samples")
     temperature: float = from_key("finetune.temperature")
     top_k: NonNegativeInt = from_key("finetune.top_k")

@@ -1,23 +1,21 @@
 """The stage `curves`: every snapshot of a training (`boltlm.training.snapshots`) is evaluated as
 the stage `evaluate` evaluates a model, after the training and apart from it."""
 
-import glob
 import json
-import multiprocessing
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from boltlm.errors import UserError
-from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings
+from boltlm.estep.config import SamplingConfig
+from boltlm.estep.worker_processes import Workers, run_tasks, threads_per_worker
+from boltlm.evaluation.config import CurveSettings
 from boltlm.evaluation.curve_points import CurvePoint
-from boltlm.evaluation.downstream import TASK_DIR
 from boltlm.evaluation.run import EvaluationPaths, evaluate_model
-from boltlm.evaluation.task_spec import TaskSpec
+from boltlm.evaluation.task_runner import task_data, task_facts
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, read_shard, shard_paths, write_json, write_shard
@@ -37,13 +35,67 @@ class CurvePaths:
     work: Path
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A snapshot to evaluate, the facts of its TRAINING_FILE, and the file of its metrics."""
+
+    settings: CurveSettings
+    paths: CurvePaths
+    folder: Path
+    facts: Mapping[str, int]
+    result: Path
+
+    @property
+    def label(self) -> str:
+        return f"curves {self.settings.name}, step {self.facts['steps']}"
+
+    def measure(self, wait: bool) -> bool:
+        """Write the metrics; see `run_tasks`."""
+        with exclusive_lock(self.result, self.label, wait=wait) as is_held:
+            if is_held and not self.result.is_file():
+                tables = self.result.with_suffix(".tables")  # of no use when the metrics are known
+                paths = self.paths
+                evaluated = EvaluationPaths(
+                    self.folder, paths.split, paths.chunks, paths.fewshot, paths.work, tables
+                )
+                evaluation = self.settings.evaluation(self.facts["steps"])
+                likelihood = self.settings.entry.likelihood
+                write_json(
+                    self.result, evaluate_model(evaluation, evaluated, with_likelihood=likelihood)
+                )
+                shutil.rmtree(tables)
+            return is_held
+
+
 def measure_curves(settings: CurveSettings, paths: CurvePaths) -> list[CurvePoint]:
     """The metrics of every snapshot, in the order of their steps.
 
-    The metrics of a finished snapshot are stored in `paths.work` under a fingerprint of all that
-    they depend on, and within a snapshot finished work is stored too. Raises UserError where there
-    are no snapshots.
+    Several are evaluated at once where `sampling.workers` says so. The metrics of a finished
+    snapshot are stored in `paths.work` under a fingerprint of all that they depend on, and within a
+    snapshot finished work is stored too. Raises UserError where there are no snapshots, or the
+    process of a worker dies.
     """
+    snapshots = _find_snapshots(settings, paths)
+    missing = {s.label: s for s in snapshots if not s.result.is_file()}
+    what = f"curves {settings.name}"
+    with Progress(what=what, total=len(snapshots), unit="snapshots") as progress:
+        progress.advance(len(snapshots) - len(missing))
+        if missing:
+            workers, sampling = _divide_workers(settings, len(missing))
+            part = replace(settings, sampling=sampling)
+            tasks = {label: replace(s, settings=part) for label, s in missing.items()}
+            for _ in run_tasks(_Snapshot.measure, tasks, workers):
+                progress.advance(1)
+    return [
+        point
+        for snapshot in snapshots
+        for point in _points(
+            snapshot.facts, json.loads(snapshot.result.read_text(encoding="utf-8"))
+        )
+    ]
+
+
+def _find_snapshots(settings: CurveSettings, paths: CurvePaths) -> list[_Snapshot]:
     folders = sorted(paths.snapshots.glob("step-*"))
     if not folders:
         raise UserError(
@@ -52,24 +104,33 @@ def measure_curves(settings: CurveSettings, paths: CurvePaths) -> list[CurvePoin
         )
     paths = _first_documents(settings, paths)
     shared = _shared_facts(settings, paths)
-    points: list[CurvePoint] = []
-    with Progress(what=f"curves {settings.name}", total=len(folders), unit="snapshots") as progress:
-        for folder in folders:
-            facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-            key = fingerprint({**shared, "model": hash_path(folder)})
-            result = paths.work / "curves" / f"{key}.json"
-            with exclusive_lock(result, f"curves {settings.name}"):
-                if not result.is_file():
-                    tables = result.with_suffix(".tables")  # of no use when the metrics are known
-                    evaluated = EvaluationPaths(
-                        folder, paths.split, paths.chunks, paths.fewshot, paths.work, tables
-                    )
-                    evaluation = settings.evaluation(facts["steps"])
-                    write_json(result, _evaluate(evaluation, evaluated, settings.entry.likelihood))
-                    shutil.rmtree(tables)
-            points += _points(facts, json.loads(result.read_text(encoding="utf-8")))
-            progress.advance(1)
-    return points
+    with ThreadPoolExecutor(settings.sampling.workers) as pool:
+        digests = list(pool.map(hash_path, folders))
+    snapshots: list[_Snapshot] = []
+    for folder, digest in zip(folders, digests, strict=True):
+        facts = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+        result = paths.work / "curves" / f"{fingerprint({**shared, 'model': digest})}.json"
+        snapshots.append(_Snapshot(settings, paths, folder, facts, result))
+    return snapshots
+
+
+def _divide_workers(settings: CurveSettings, num_snapshots: int) -> tuple[Workers, SamplingConfig]:
+    """The workers over snapshots, and the section `sampling` for each of them: `sampling.workers`
+    evaluate as many snapshots at once, and where there are fewer snapshots the draws of each have
+    an equal part of the workers. On a Ray cluster only draws have several workers."""
+    config = settings.sampling
+    is_local = config.executor == "local"
+    count = min(config.workers, num_snapshots) if is_local else 1
+    inner = config.workers // count
+    threads = threads_per_worker(config.threads, config.workers) if is_local else config.threads
+    workers = Workers(
+        count=count,
+        gpus_per_worker=int(config.gpus_per_worker) * inner if is_local else 0,
+        threads=threads,
+        isolated=settings.entry.evaluate.backend == "vllm",
+        key="sampling.workers",
+    )
+    return workers, replace(config, workers=inner, threads=threads)
 
 
 def _points(facts: Mapping[str, int], metrics: Mapping[str, float | None]) -> list[CurvePoint]:
@@ -88,33 +149,12 @@ def _points(facts: Mapping[str, int], metrics: Mapping[str, float | None]) -> li
     ]
 
 
-def _evaluate(
-    settings: BaseEvaluateSettings, paths: EvaluationPaths, with_likelihood: bool
-) -> dict[str, float]:
-    """The metrics of one snapshot. vLLM gives memory back only when its process ends, so that each
-    snapshot has a process of its own where vLLM is used."""
-    if "vllm" not in (settings.evaluate.backend, settings.sampling.sampler):
-        return evaluate_model(settings, paths, with_likelihood=with_likelihood)
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, context) as pool:
-            arguments = (settings, paths)
-            future = pool.submit(evaluate_model, *arguments, with_likelihood=with_likelihood)
-            return future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"curves {settings.name}: the process died (killed, or out of memory); what is finished"
-            " is stored, run again to resume"
-        ) from error
-
-
 def _shared_facts(settings: CurveSettings, paths: CurvePaths) -> dict[str, Any]:
     """Everything that the metrics depend on besides the snapshot."""
-    config = settings.entry.evaluate
-    folders = [paths.split / "questions"]
+    config, specs = settings.entry.evaluate, settings.evaluation(0).task_specs
+    folders: list[Path] = []
     for corpus in (config.corpus, *config.extra_corpora) if settings.entry.likelihood else ():
         folders += [paths.split / corpus, paths.chunks / corpus]
-    sources = settings.benchmarks.items()
     return {
         "entry": asdict(settings.entry),
         "draws": [settings.seed, settings.context_chunks, settings.max_latent_tokens],
@@ -122,13 +162,8 @@ def _shared_facts(settings: CurveSettings, paths: CurvePaths) -> dict[str, Any]:
         "format": settings.model.format,
         "fewshot": hash_path(paths.fewshot),
         "data": [hash_path(folder) for folder in folders],
-        "benchmarks": {
-            task: [hash_path(Path(path)) for path in sorted(glob.glob(source))] or source
-            for task, source in sources
-        },
         "tasks": [
-            (TASK_DIR / f"{TaskSpec.parse(task).task}.yaml").read_text(encoding="utf-8")
-            for task in config.tasks
+            task_facts(spec, task_data(spec, settings.benchmarks, paths.split)) for spec in specs
         ],
         "code": hash_code("boltlm.evaluation.snapshot_curves"),
     }

@@ -1,5 +1,6 @@
 """Runs tasks with one model, whose answers are cached by the content of its weights."""
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from boltlm.evaluation import downstream
 from boltlm.evaluation.downstream import TaskAnswer, TaskOptions
 from boltlm.evaluation.generation_cache import CachedLM
 from boltlm.evaluation.task_spec import Backend, TaskSpec
-from boltlm.fingerprint import fingerprint, hash_code
+from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import Question, read_table
 from boltlm.tokens import TextCoder
 
@@ -29,6 +30,14 @@ def task_data(spec: TaskSpec, benchmarks: Mapping[BenchmarkName, str], split: Pa
             " questions.count or remove the task"
         )
     return str(split / "questions")
+
+
+def task_facts(spec: TaskSpec, data_path: str) -> dict[str, Any]:
+    """What a task is, for fingerprints: its name, the digests of the files of its questions (the
+    name of a data set of the hub), and its definition for lm-eval. `data_path`: of `task_data`."""
+    files = [hash_path(Path(path)) for path in sorted(glob.glob(data_path))]
+    definition = (downstream.TASK_DIR / f"{spec.task}.yaml").read_text(encoding="utf-8")
+    return {"name": spec.name, "questions": files or data_path, "definition": definition}
 
 
 class TaskRunner:
