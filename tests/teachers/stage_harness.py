@@ -152,7 +152,12 @@ class TeacherStage:
         self.params["questions"]["count"] = 0
         self.params["evaluate"]["corpus"] = "em"
         self.params["split"]["shard_documents"] = -(-self.documents // 2)
-        self.params["chunks"] = {"mean_sentences": 1, "min_sentences": 1, "max_sentences": 1}
+        self.params["chunks"] = {
+            "mean_sentences": 1,
+            "min_sentences": 1,
+            "max_sentences": 1,
+            "from_source": [],
+        }
         self.params["max_latent_tokens"] = 100
         settings = build_settings(SplitSettings, self.params)
         chunker = Chunker(settings.chunks, TextCoder(self.base), 100, seed=1)
