@@ -64,7 +64,7 @@ class Document:
 
 
 # Columns that a table has only where a record has a value for them.
-_OPTIONAL = {Document: ("pieces",)}
+_OPTIONAL: Mapping[type[Any], tuple[str, ...]] = {Document: ("pieces",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from boltlm.corpus.chunks import Chunker
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Document, read_shard, shard_paths
-from boltlm.teachers.config import DatasetTeacherConfig, TeacherSettings
+from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
 from boltlm.teachers.job import ModelTeacher
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
 from boltlm.teachers.run import run_teacher
@@ -186,7 +186,7 @@ class TeacherStage:
     def config(self) -> ModelTeacher:
         """The teacher's own settings."""
         teacher = self.settings.teacher
-        assert not isinstance(teacher, DatasetTeacherConfig)
+        assert not isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig)
         return teacher
 
     @property

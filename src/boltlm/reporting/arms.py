@@ -120,9 +120,7 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
     )
 
 
-def _note(
-    settings: ReportSettings, name: str, latents: str | None, generator: str | None
-) -> str:
+def _note(settings: ReportSettings, name: str, latents: str | None, generator: str | None) -> str:
     parts: list[str] = []
     if latents is not None:
         entry = settings.latents[latents]
