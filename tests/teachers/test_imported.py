@@ -177,10 +177,12 @@ def test_documents_that_do_not_match_are_counted(experiment: Experiment) -> None
 
 
 def test_a_corpus_that_was_cut_anew_is_an_error(experiment: Experiment) -> None:
-    """Its chunks are not the pieces whose latents would be imported."""
+    """Its chunks are not the pieces whose latents would be imported. The source is not read: here
+    it is not even there."""
     experiment.params["chunks"]["from_source"] = ["warmstart"]
     experiment.split()
-    with pytest.raises(UserError, match=rf"{OTHER_PIECES}.*chunks\.from_source must list 'em'"):
+    experiment.released(1).unlink()
+    with pytest.raises(UserError, match=r"teachers\.em1: .*list 'em' in chunks\.from_source"):
         experiment.teach("em1")
 
 

@@ -36,8 +36,9 @@ class Piece:
 
 def read_pieces(
     row: Mapping[str, Any], text: str | None, columns: PieceColumns, location: str
-) -> list[Piece]:
-    """The pieces that a row lists, empty ones included; an empty latent is none.
+) -> list[tuple[str, str | None]]:
+    """The text and the latent of each piece that a row lists, pieces without text included; an
+    empty latent is none.
 
     Raises UserError where the list is malformed, or where the pieces do not join to `text`, if that
     is given.
@@ -48,17 +49,12 @@ def read_pieces(
         raise _malformed(columns, location) from error
     if not all(isinstance(t, str) and isinstance(z, str | None) for t, z in pairs):
         raise _malformed(columns, location)
-    joined = "".join(piece for piece, _ in pairs)
-    if text is not None and joined != text:
+    if text is not None and "".join(piece for piece, _ in pairs) != text:
         raise UserError(
             f"{location}: the pieces in column '{columns.column}' do not join to the text; set"
             " columns.text to null to take the pieces as the text"
         )
-    starts = itertools.accumulate((len(piece) for piece, _ in pairs), initial=0)
-    return [
-        Piece(start, piece, latent or None)
-        for start, (piece, latent) in zip(starts, pairs, strict=False)
-    ]
+    return [(piece, latent or None) for piece, latent in pairs]
 
 
 def _malformed(columns: PieceColumns, location: str) -> UserError:

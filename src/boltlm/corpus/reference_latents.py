@@ -1,5 +1,5 @@
-"""Reference latents: the latents that a data set itself carries for its documents, pieces of
-them, or sentences.
+"""Reference latents: the latents that a data set itself carries for its documents, their pieces or
+their sentences.
 
 The teacher of kind `dataset` hands them out as training latents, and the latents that a model
 writes are compared with them (the metrics `exact_match`).
@@ -22,11 +22,10 @@ def chunk_latents(document: Document, chunks: list[Chunk]) -> list[str | None]:
     """The reference latent of each chunk of a document, None where the data have none for it.
 
     If the document has pieces, a chunk that begins where a piece begins gets that piece's latent;
-    the other parts of a piece that was cut have none. If the document has a thought for each
-    sentence, a chunk gets the thoughts of the sentences that
-    it overlaps; a thought that consecutive sentences share appears once, and where none of them
-    needs a thought the latent is empty. If it has a single latent,
-    the last chunk gets it, because that is where the document concludes.
+    the other parts of a piece that was cut have none. If it has a thought for each sentence, a
+    chunk gets the thoughts of the sentences that it overlaps; a thought that consecutive sentences
+    share appears once, and where none of them needs a thought the latent is empty. If it has a
+    single latent, the last chunk gets it, because that is where the document concludes.
     Raises UserError where the document has neither, or where the numbers of thoughts and sentences
     differ.
     """

@@ -177,12 +177,12 @@ def _mapped_documents(
         cluster = row[columns.cluster] if columns.cluster else None
         yield Document(
             doc_id=str(row[columns.doc_id]) if columns.doc_id else f"{source}:{index}",
-            text="".join(piece.text for piece in listed) if text is None else text,
+            text="".join(piece for piece, _ in listed) if text is None else text,
             source=source,
             cluster=None if cluster is None else str(cluster),
             latent=row[columns.latent] if columns.latent else None,
-            thoughts=tuple(piece.latent for piece in listed) if columns.pieces else None,
-            pieces=tuple(len(piece.text) for piece in listed) if columns.pieces else None,
+            thoughts=tuple(latent for _, latent in listed) if columns.pieces else None,
+            pieces=tuple(len(piece) for piece, _ in listed) if columns.pieces else None,
         )
 
 

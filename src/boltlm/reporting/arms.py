@@ -39,9 +39,9 @@ class Arm:
     text alone, and `other` in all remaining cases (mixtures with raw text, second chains). The role
     `base` is that of BASE_MODEL.
     `latents` is the entry of `latents` that the model is trained on, `generator` the model that
-    sampled it; imported latents have a generator, in whose place another model drew them, and no
-    entry. `note` says how these latents differ from those of the chain, and
-    the seed of the training where it is the model's own.
+    sampled it; imported latents have no entry, but a generator, in whose place another model drew
+    them. `note` says how these latents differ from those of the chain, and the seed of the
+    training where it is the model's own.
     """
 
     name: str

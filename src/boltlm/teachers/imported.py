@@ -39,7 +39,7 @@ class ImportedLatents:
             return [None] * len(chunks), NO_DOCUMENT
         if imported.text != document.text:
             return [None] * len(chunks), OTHER_TEXT
-        if document.pieces is None or _starts(imported) != _starts(document):
+        if _starts(imported) != _starts(document):
             return [None] * len(chunks), OTHER_PIECES
         return chunk_latents(imported, chunks), None
 

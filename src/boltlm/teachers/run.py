@@ -115,8 +115,14 @@ def _own_latents(document: Document, chunks: list[Chunk]) -> tuple[list[str | No
 def _imported_latents(
     key: str, teacher: ImportTeacherConfig, split: Path, chunks: Path
 ) -> ImportedLatents:
-    """`kind: import`: the latents of another data set, in the order of the corpus."""
+    """`kind: import`: the latents of another data set, in the order of the corpus. Raises UserError
+    where the chunks of the corpus are not pieces, before the source is read."""
     paths = [split / path.name for path in shard_paths(chunks)]
+    if read_shard(paths[0], Document)[0].pieces is None:
+        raise UserError(
+            f"{key}: the chunks of corpora.{teacher.corpus} are not the pieces of its source, so"
+            f" latents cannot be imported for them; list '{teacher.corpus}' in chunks.from_source"
+        )
     ids = (doc_id for path in paths for doc_id in read_column(path, Document, "doc_id"))
     return ImportedLatents(key, teacher.source, ids)
 
@@ -133,8 +139,8 @@ def _check_counts(settings: TeacherSettings, counts: Counter[str]) -> None:
             raise UserError(
                 f"{key}: of {counts['chunks']} chunks {reasons}, more than max_unmatched_fraction"
                 f" {teacher.max_unmatched_fraction} allows; the source must have the documents of"
-                f" corpora.{teacher.corpus} with their ids (numbers begin with the name of the file"
-                f" or data set), and chunks.from_source must list '{teacher.corpus}'"
+                f" corpora.{teacher.corpus} with the same ids (without columns.doc_id they begin"
+                " with the name of the file or data set), texts and pieces"
             )
     if counts["latents"] == 0:
         raise UserError(
