@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import json
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ PAGES_PER_DOCUMENT, DOCUMENTS, QUESTIONS = 4, 120, 10
 # The size of each corpus in documents, of which there are at most six of one source.
 CORPUS_SIZES = {"base": 200, "gsm8k_train": QUESTIONS, "math_train": QUESTIONS}
 CORPUS_SIZE = 12
+RELEASED_ITERATIONS = 4  # of the EM loop, whose latents the authors released
 # Keys with a size, with how something is executed, or with the time that something takes.
 SHRUNK: dict[str, Any] = {
     "launcher": "python",
@@ -84,6 +86,9 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
         entry["documents"] = CORPUS_SIZES.get(name, CORPUS_SIZE)
         if name == "base":
             entry["source"] = load(tiny.ROOT / "params.yaml")["corpus"] | {"pages": "primer"}
+        elif "config" in entry["source"] and "kind" not in entry["source"]:
+            path = str(_released(folder, entry["source"]["config"]))
+            entry["source"] = {"path": path, "columns": entry["source"]["columns"]}
         elif entry["source"].get("kind") == "hub":
             path = str(folder / "other.jsonl")
             entry["source"] = {**files, "path": path, "shuffle_buffer": 0}
@@ -91,7 +96,13 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
             entry["source"]["path"] = str(folder / f"{entry['source']['kind']}.jsonl")
     small["benchmarks"] = {name: str(folder / f"{name}.jsonl") for name in params["benchmarks"]}
     for teacher in small["teachers"].values():
-        teacher |= {"base_url": teacher_url, "poll_interval_seconds": 0.1}
+        if teacher["kind"] == "import":
+            source = teacher["source"]
+            path = str(_released(folder, source["config"]))
+            teacher["source"] = {**files, "path": path, "columns": source["columns"]}
+            teacher["source"]["shuffle_buffer"] = source["shuffle_buffer"]
+        elif teacher["kind"] != "dataset":
+            teacher |= {"base_url": teacher_url, "poll_interval_seconds": 0.1}
     small["inputs"] = {"data": str(folder)}
     for entry in small["models"].values():
         changes = entry.get("budget", {})
@@ -103,7 +114,8 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
 
 
 def write_data(folder: Path) -> None:
-    """The files that a shrunken preset reads: two corpora of pages, and easy benchmarks."""
+    """The files that a shrunken preset reads: two corpora of pages, easy benchmarks, and pages with
+    chunks and latents."""
     folder.mkdir(parents=True)
     section = load(tiny.ROOT / "params.yaml")["corpus"] | {"pages": "primer"}
     pages = generate_documents(build(GeneratedSource, section, "corpus"), seed=7)
@@ -135,6 +147,41 @@ def write_data(folder: Path) -> None:
     )
     for name, rows in (("gsm8k", gsm8k), ("math", math), ("mmlu_stem", mmlu)):
         _write_jsonl(folder / f"{name}.jsonl", rows)
+    write_released(folder)
+
+
+def _released(folder: Path, config: str) -> Path:
+    """The file for a part of the data set that the authors released: iteration 0 is the warm start.
+    All have one name, which ids begin with."""
+    iteration = re.search(r"_iter_(\d)_", config)
+    return folder / f"iteration_{iteration[1] if iteration else 0}" / "released.jsonl"
+
+
+def write_released(folder: Path) -> None:
+    """Rows in the format of the released data: chunks of one to three pages, which lack the blank
+    line that the text begins with, each with a latent that names its iteration."""
+    section = load(tiny.ROOT / "params.yaml")["corpus"] | {"pages": "primer"}
+    pages = list(
+        itertools.islice(
+            generate_documents(build(GeneratedSource, section, "corpus"), seed=8), 4 * CORPUS_SIZE
+        )
+    )
+    for iteration in range(RELEASED_ITERATIONS + 1):
+        path = folder / f"iteration_{iteration}" / "released.jsonl"
+        path.parent.mkdir()
+        rows: list[dict[str, Any]] = []
+        for number in range(CORPUS_SIZE):
+            texts = [page.text for page in pages[4 * number : 4 * number + 4]]
+            cut = 1 + number % 3
+            suffixes = [" ".join(texts[:cut]), " " + " ".join(texts[cut:])]
+            latents = [f"Iteration {iteration}, row {number}, chunk {n}." for n in range(2)]
+            pairs = list(zip(suffixes, latents, strict=True))
+            chunks = [
+                {"suffix": suffix, "latent": latent, "num_suffix_token_truncated": 0}
+                for suffix, latent in pairs
+            ]
+            rows.append({"text": "\n" + "".join(suffixes), "num_chunks": 2, "chunks": chunks})
+        _write_jsonl(path, rows)
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

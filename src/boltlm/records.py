@@ -38,7 +38,8 @@ class Document:
     needs no thought; None: it has none); a source may have either or neither. `cluster` names what
     makes documents and questions dependent, such as the problem, book or site behind them; None:
     the document is independent of all others. `log_prob`: log p of the text in nats under the
-    distribution that it was drawn from, where that is known."""
+    distribution that it was drawn from, where that is known. `pieces`: the lengths in characters of
+    the pieces in which the source lists the text; `thoughts` then has one entry for each piece."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {
@@ -49,6 +50,7 @@ class Document:
             "latent": pa.string(),
             "thoughts": _TEXTS,
             "log_prob": pa.float64(),
+            "pieces": pa.list_(pa.int32()),
         }
     )
     doc_id: str
@@ -58,6 +60,11 @@ class Document:
     latent: str | None = None
     thoughts: tuple[str | None, ...] | None = None
     log_prob: float | None = None
+    pieces: tuple[int, ...] | None = None
+
+
+# Columns that a table has only where a record has a value for them.
+_OPTIONAL: Mapping[type[Any], tuple[str, ...]] = {Document: ("pieces",)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +94,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A chunk X_n: consecutive sentences of a document. Chunks are stored in reading order."""
+    """A chunk X_n: a run of the text of a document. Chunks are stored in reading order."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         {"doc_id": pa.string(), "chunk": pa.int32(), "text": pa.string(), "tokens": _TOKENS}
@@ -197,6 +204,9 @@ def write_shard(path: Path, kind: type[_R], records: Iterable[_R]) -> None:
         },
         schema=kind.schema,
     )
+    for name in _OPTIONAL.get(kind, ()):
+        if table.column(name).null_count == len(rows):
+            table = table.drop_columns(name)
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -211,11 +221,13 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def read_shard(path: Path, kind: type[_R]) -> list[_R]:
     """The records of one shard. Raises UserError where a column is missing or of another type."""
-    names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
     _check(path, kind)
+    present = set(pq.read_schema(path).names)
+    all_names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    names = [name for name in all_names if name in present]
     columns = pq.read_table(path, columns=names).to_pydict()
     lists = {field.name for field in kind.schema if pa.types.is_list(field.type)}
-    for name in lists:
+    for name in lists.intersection(names):
         columns[name] = [None if value is None else tuple(value) for value in columns[name]]
     rows = zip(*(columns[name] for name in names), strict=True)
     return [kind(**dict(zip(names, row, strict=True))) for row in rows]
@@ -224,6 +236,8 @@ def read_shard(path: Path, kind: type[_R]) -> list[_R]:
 def _check(path: Path, kind: type[_R]) -> None:
     schema = pq.read_schema(path)
     for field in kind.schema:
+        if field.name in _OPTIONAL.get(kind, ()) and field.name not in schema.names:
+            continue
         if field.name not in schema.names or schema.field(field.name).type != field.type:
             raise UserError(f"{path}: column '{field.name}' ({field.type}) is missing or differs")
 

@@ -29,8 +29,8 @@ from boltlm.training.base_model import load_checkpoint
 from boltlm.training.tokenizer import remove_leading_space
 from tests import reference, tiny
 
-PAPER = ChunkingConfig(mean_sentences=8, min_sentences=1, max_sentences=20)
-SHORT = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=3)
+PAPER = ChunkingConfig(mean_sentences=8, min_sentences=1, max_sentences=20, from_source=())
+SHORT = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=3, from_source=())
 
 BLANKS = [" ", "  ", "\n", "\n\n", "\r\n", "\r", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0"]
 BLANKS += ["\u2003", "\u2028", "\u2029", "\u3000", "\u200b", "\ufeff", " \n \n "]
@@ -212,7 +212,8 @@ def test_a_tokenizer_that_prepends_a_space_is_not_reversible(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "config", [PAPER, ChunkingConfig(mean_sentences=8, min_sentences=2, max_sentences=10)]
+    "config",
+    [PAPER, ChunkingConfig(mean_sentences=8, min_sentences=2, max_sentences=10, from_source=())],
 )
 def test_lengths_are_a_truncated_poisson(config: ChunkingConfig) -> None:
     """Lengths outside the range are drawn again, so that no mass accumulates at its ends
@@ -235,7 +236,7 @@ def test_lengths_are_a_truncated_poisson(config: ChunkingConfig) -> None:
 @given(count=st.integers(0, 60), seed=st.integers(0, 1000))
 def test_lengths_sum_to_the_document(count: int, seed: int) -> None:
     """The last chunk is shortened, never extended or dropped; only it may be below the minimum."""
-    config = ChunkingConfig(mean_sentences=3, min_sentences=2, max_sentences=5)
+    config = ChunkingConfig(mean_sentences=3, min_sentences=2, max_sentences=5, from_source=())
     lengths = sample_chunk_lengths(count, config, generator(seed, "lengths"))
     assert sum(lengths) == count
     assert all(2 <= length <= 5 for length in lengths[:-1])
@@ -268,12 +269,46 @@ def test_long_chunks_are_cut_and_counted(base_coder: TextCoder, max_chunk_tokens
 
 def test_a_long_chunk_is_cut_at_a_sentence_where_one_fits(base_coder: TextCoder) -> None:
     """A sentence is cut only if it does not fit by itself."""
-    config = ChunkingConfig(mean_sentences=9, min_sentences=9, max_sentences=9)
+    config = ChunkingConfig(mean_sentences=9, min_sentences=9, max_sentences=9, from_source=())
     pieces = ["One short.", " Two short.", " Three short."]
     limit = len(base_coder.encode("".join(pieces[:2])))
     chunk_list, cut_count = chunk_text(base_coder, "".join(pieces), limit, config=config)
     assert [chunk.text for chunk in chunk_list] == ["".join(pieces[:2]), pieces[2]]
     assert cut_count == 1
+
+
+PIECES = st.lists(st.text("ab.!? \n\té", max_size=12), min_size=1, max_size=8).filter(any)
+
+
+@given(PIECES)
+def test_the_pieces_of_a_document_are_its_chunks(base_coder: TextCoder, pieces: list[str]) -> None:
+    """Exactly, wherever they end; only those without text cannot be chunks."""
+    document = Document(
+        doc_id="d",
+        text="".join(pieces),
+        source="tests",
+        pieces=tuple(map(len, pieces)),
+        thoughts=(None,) * len(pieces),
+    )
+    chunker = Chunker(SHORT, base_coder, 100, seed=1)
+    assert [chunk.text for chunk in chunker.chunks(document)] == [p for p in pieces if p]
+    assert chunker.cut_chunks == 0
+
+
+def test_a_piece_that_is_too_long_is_cut_at_a_sentence(base_coder: TextCoder) -> None:
+    """The pieces around it stay whole."""
+    pieces = ["One.", " Two is longer. Three is longer.", " Four"]
+    document = Document(
+        doc_id="d",
+        text="".join(pieces),
+        source="tests",
+        pieces=tuple(map(len, pieces)),
+        thoughts=(None,) * 3,
+    )
+    chunker = Chunker(SHORT, base_coder, len(base_coder.encode(" Three is longer.")), seed=1)
+    texts = [chunk.text for chunk in chunker.chunks(document)]
+    assert texts == ["One.", " Two is longer.", " Three is longer.", " Four"]
+    assert chunker.cut_chunks == 1
 
 
 def test_a_character_that_does_not_fit_is_an_error(base_coder: TextCoder) -> None:
@@ -316,4 +351,6 @@ def test_impossible_lengths_are_an_error() -> None:
     """Otherwise a mean of 0 or an empty range would fail inside numpy."""
     for mean, minimum, maximum in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
         with pytest.raises(UserError, match="sentences"):
-            ChunkingConfig(mean_sentences=mean, min_sentences=minimum, max_sentences=maximum)
+            ChunkingConfig(
+                mean_sentences=mean, min_sentences=minimum, max_sentences=maximum, from_source=()
+            )

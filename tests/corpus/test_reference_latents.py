@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boltlm.corpus.chunks import split_sentences
-from boltlm.corpus.reference_latents import NO_LATENT, chunk_latents, reference_latents
+from boltlm.corpus.reference_latents import (
+    NO_LATENT,
+    by_sentences,
+    chunk_latents,
+    reference_latents,
+)
 from boltlm.errors import UserError
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Document, TeacherLatent, read_table, write_shard
@@ -74,6 +79,32 @@ def test_a_missing_thought_is_no_latent_and_an_empty_one_is() -> None:
     thoughts = (None, None, "t3", "")
     assert chunk_latents(page(thoughts=thoughts), chunks(TEXT, [23])) == [None, "t3"]
     assert chunk_latents(page(thoughts=("", None, "t3", "")), chunks(TEXT, [23])) == ["", "t3"]
+
+
+PIECES = Document(
+    doc_id="d",
+    text="One is. Two is. Three is. Four is.",
+    source="tests",
+    pieces=(15, 6, 0, 13),
+    thoughts=("why one and two", "why three", "lost", None),
+)
+
+
+def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it() -> None:
+    """Where a corpus is cut into sentences anew; a piece without text has no sentence."""
+    document = by_sentences(PIECES)
+    assert document.thoughts == ("why one and two", "why one and two", "why three", None)
+    assert (document.pieces, document.text) == (None, PIECES.text)
+    assert by_sentences(page()) == page()
+
+
+def test_a_piece_gives_its_latent_to_its_chunk_alone() -> None:
+    """Of a piece that was cut the first part gets it: the latent then precedes all of the text that
+    it explains."""
+    latents = ["why one and two", "why three", None]
+    assert chunk_latents(PIECES, chunks(PIECES.text, [15, 21])) == latents
+    cut = chunks(PIECES.text, [7, 15, 21, 26])
+    assert chunk_latents(PIECES, cut) == ["why one and two", None, "why three", None, None]
 
 
 def test_a_documents_latent_goes_to_its_last_chunk() -> None:

@@ -22,6 +22,7 @@ def make_documents(count: int) -> list[Document]:
             latent=None if i % 2 else "why",
             thoughts=None if i % 4 else ("because", None, ""),
             log_prob=None if i % 5 else -float(i),
+            pieces=None if i % 4 else (1, 0, 4),
         )
         for i in range(count)
     ]
@@ -71,7 +72,7 @@ def test_memory_and_files_are_bounded(small_runs: Path, monkeypatch: pytest.Monk
             run_characters.append(sum(len(document.text) for document in documents[:-1]))
         return written(path, documents)
 
-    def recording_merge(runs: Sequence[Path], key: shuffle._SortKey) -> Iterator[Document]:
+    def recording_merge(runs: Sequence[Path], key: shuffle.SortKey) -> Iterator[Document]:
         assert len(runs) <= 3
         assert len(list(runs[0].parent.iterdir())) <= 4
         return merged(runs, key)

@@ -376,7 +376,7 @@ CHUNKS = [
 ]
 
 
-def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Path) -> None:
+def test_pieces_are_read_with_their_latents(tmp_path: Path) -> None:
     """The format of the authors' released data: a list of chunks, each with its own latent."""
     text = "".join(str(chunk["suffix"]) for chunk in CHUNKS)
     names = PieceColumns(column="chunks", text="suffix", latent="latent")
@@ -384,14 +384,29 @@ def test_a_piece_gives_its_latent_to_the_sentences_that_start_in_it(tmp_path: Pa
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text, "chunks": CHUNKS}) + "\n", encoding="utf-8")
     (document,) = files(path, columns)
-    assert document.thoughts == ("why one and two", "why one and two", "why three", None)
+    assert document.text == text
+    assert document.pieces == (15, 6, 13)
+    assert document.thoughts == ("why one and two", "why three", None)
     for row in (
         {"text": "Another.", "chunks": CHUNKS},
         {"text": text, "chunks": [{"suffix": "x"}]},
+        {"text": text, "chunks": [{"suffix": text, "latent": ["two", "latents"]}]},
     ):
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
         with pytest.raises(UserError, match=r"row 1: .*'chunks'"):
             files(path, columns)
+
+
+def test_the_text_can_be_that_of_the_pieces(tmp_path: Path) -> None:
+    """The authors' chunks lack the blank lines at the beginning of a document."""
+    names = PieceColumns(column="chunks", text="suffix", latent="latent")
+    columns = replace(TEXT_COLUMN, text=None, pieces=names)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "\n One", "chunks": CHUNKS}) + "\n", encoding="utf-8")
+    (document,) = files(path, columns)
+    assert document.text == "".join(str(chunk["suffix"]) for chunk in CHUNKS)
+    with pytest.raises(UserError, match=r"text must name a column"):
+        replace(columns, pieces=None)
 
 
 def hub(name: str) -> HubSource:
@@ -412,7 +427,7 @@ def test_a_hub_data_set_is_streamed_with_its_latents(tmp_path: Path) -> None:
     documents = list(sources.read_documents(hub(str(tmp_path / "set")), seed=1))
     assert ids(documents) == [f"r{i}" for i in range(5)]
     assert {document.text for document in documents} == {text}
-    assert documents[0].thoughts == ("why one and two", "why one and two", "why three", None)
+    assert documents[0].thoughts == ("why one and two", "why three", None)
     whole = replace(hub(str(tmp_path / "set")), shuffle_buffer=None)
     shuffled = list(sources.read_documents(whole, seed=1))
     assert shuffled != documents

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import sources
 from boltlm.corpus.chunks import Chunker, ChunkingConfig
 from boltlm.corpus.corpora import corpus_documents
+from boltlm.corpus.reference_latents import reference_latents
 from boltlm.corpus.sources import CorpusSource
 from boltlm.corpus.split import (
     SplitSettings,
@@ -23,7 +26,7 @@ from boltlm.records import Chunk, Document, Question, read_shard, read_table, sh
 from boltlm.tokens import TextCoder
 from tests import tiny
 
-LENGTHS = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=2)
+LENGTHS = ChunkingConfig(mean_sentences=1.5, min_sentences=1, max_sentences=2, from_source=())
 
 
 def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[str, Any]:
@@ -53,7 +56,12 @@ def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[
         "corpora": {**entries, "heldout": heldout},
         "questions": {"count": 0, "source": {}},
         "split": {"shard_documents": 3, "ngram_size": 13, "drop_contaminated": False},
-        "chunks": {"mean_sentences": 1.5, "min_sentences": 1, "max_sentences": 2},
+        "chunks": {
+            "mean_sentences": 1.5,
+            "min_sentences": 1,
+            "max_sentences": 2,
+            "from_source": [],
+        },
         "max_latent_tokens": 22,
         "evaluate": {"corpus": "heldout", "extra_corpora": []},
         "benchmarks": {},
@@ -71,8 +79,10 @@ def ids(params: dict[str, Any], name: str) -> list[str]:
     raise AssertionError(name)
 
 
-def split_into(folder: Path, params: dict[str, Any], coder: TextCoder) -> dict[str, int | float]:
-    chunker = Chunker(LENGTHS, coder, 100, seed=1)
+def split_into(
+    folder: Path, params: dict[str, Any], coder: TextCoder, lengths: ChunkingConfig = LENGTHS
+) -> dict[str, int | float]:
+    chunker = Chunker(lengths, coder, 100, seed=1)
     return split_corpora(
         settings(params), chunker, split_dir=folder / "split", chunks_dir=folder / "chunks"
     )
@@ -182,6 +192,8 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
         ("corpora", "one", {"documents": 0, "source": {}}, r"corpora\.one\.documents must be 1"),
         ("corpora", "one", {"documents": 1}, r"missing key corpora\.one\.source"),
         ("chunks", "max_sentences", 0, r"chunks: .*max_sentences"),
+        ("chunks", "from_source", ["two"], r"chunks\.from_source.*\(one, heldout\), found 'two'"),
+        ("chunks", "from_source", ["one"], r"chunks\.from_source.*'one'.*columns\.pieces"),
         ("benchmarks", "mmlu", "a/b", r"benchmarks must be gsm8k \| math \| mmlu_stem.*'mmlu'"),
         ("benchmarks", "math", None, r"benchmarks\.math must be of type str"),
     ],
@@ -224,6 +236,54 @@ def test_split_writes_every_document_once(base_coder: TextCoder, tmp_path: Path)
             shard_ids = {document.doc_id for document in shard}
             assert {chunk.doc_id for chunk in read_shard(path, Chunk)} == shard_ids
             assert len(shard_ids) <= 3
+
+
+PIECES = [
+    [("One is. Two", "z1"), (" is", "z2"), (". Three is.", ""), ("", "lost"), (" ", "z5")],
+    [("\nAnother", None), (". It ends. Here.", "z7")],
+]
+
+
+def test_the_pieces_of_a_source_are_the_chunks_of_its_corpora(
+    base_coder: TextCoder, tmp_path: Path
+) -> None:
+    """In the corpora of chunks.from_source, each with its own latent; another corpus of the same
+    rows is cut anew, and its table has no column for pieces."""
+    texts = ["".join(text for text, _ in pieces) for pieces in PIECES]
+    params = split_params(tmp_path / "a.jsonl", texts, {"one": 2, "two": 2})
+    rows = [
+        {"text": text, "id": str(n), "chunks": [dict(zip("xz", pair, strict=True)) for pair in row]}
+        for n, (text, row) in enumerate(zip(texts, PIECES, strict=True))
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = params["corpus"]["columns"]
+    params["corpora"]["heldout"]["source"]["columns"] = {**columns, "pieces": None}
+    columns["pieces"] = {"column": "chunks", "text": "x", "latent": "z"}
+    params["corpora"]["two"]["source"] = {"shuffle_buffer": None}
+    params["chunks"]["from_source"] = ["one"]
+    lengths = replace(LENGTHS, from_source=("one",))
+    counts = split_into(tmp_path, params, base_coder, lengths)
+    documents = list(read_table(tmp_path / "split" / "one", Document))
+    assert [document.text for document in documents] == texts
+    chunks = list(read_table(tmp_path / "chunks" / "one", Chunk))
+    assert [c.text for c in chunks] == [text for row in PIECES for text, _ in row if text]
+    assert counts["one/dropped_empty_pieces"] == 1
+    latents = reference_latents(tmp_path / "split" / "one", tmp_path / "chunks" / "one")
+    assert [latents.get((c.doc_id, c.chunk)) for c in chunks] == [
+        "z1",
+        "z2",
+        None,
+        "z5",
+        None,
+        "z7",
+    ]
+    others = list(read_table(tmp_path / "split" / "two", Document))
+    assert {document.doc_id: document.pieces for document in others} == {"0": None, "1": None}
+    thoughts = {document.doc_id: document.thoughts for document in others}
+    assert thoughts == {"0": ("z1", "z1", None), "1": (None, "z7", "z7")}
+    (shard,) = shard_paths(tmp_path / "split" / "two")
+    assert "pieces" not in pq.read_schema(shard).names
 
 
 def test_dropped_documents_are_counted(base_coder: TextCoder, tmp_path: Path) -> None:

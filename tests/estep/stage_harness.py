@@ -50,7 +50,7 @@ class LatentsStage:
         self.previous_model = model
         self.params["corpora"]["em"]["documents"] = documents
         self.params["split"]["shard_documents"] = shard_documents
-        lengths = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2)
+        lengths = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2, from_source=())
         split_corpora(
             build_settings(SplitSettings, self.params),
             Chunker(lengths, TextCoder(model), 100, seed=1),

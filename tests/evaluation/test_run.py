@@ -47,7 +47,9 @@ class Stage:
         }
         entry = {"parent": "base", "corpus": "extra", "mix_corpus": "extra", "data": "split/extra"}
         self.params["models"] = {"one": entry, "raw": {**entry, "format": "raw"}}
-        chunking = ChunkingConfig(mean_sentences=1, min_sentences=1, max_sentences=2)
+        chunking = ChunkingConfig(
+            mean_sentences=1, min_sentences=1, max_sentences=2, from_source=()
+        )
         split_corpora(
             build_settings(SplitSettings, self.params),
             Chunker(chunking, TextCoder(model), 100, seed=1),

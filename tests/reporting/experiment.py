@@ -41,7 +41,7 @@ def report_params(
     """Params of these models; `latents`: the model that sampled each entry of `latents`."""
     return {
         "corpora": {name: {} for name in (*CORPORA, "heldout")},
-        "teachers": {"some": {}, "all": {}},
+        "teachers": {name: {"kind": "dataset", "corpus": name} for name in ("some", "all")},
         **{key: load(ROOT / "params.yaml")[key] for key in ("train", "model_defaults", "estep")},
         "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from boltlm.errors import UserError
+from boltlm.params import load
 from boltlm.reporting.arms import em_chain, experiment_arms
 from tests.reporting.experiment import chain_params, model, report_params, report_settings
+from tests.tiny import ROOT
 
 LAPTOP = ("warmstart", "em1", "em2", "em3", "em4")
 RENAMED = ("gpt", "first", "second")
@@ -63,3 +65,20 @@ def test_a_training_with_a_seed_of_its_own_says_so() -> None:
     assert arms["em1"].description == "iteration 1"
     assert arms["again"].description == "latents by warmstart, seed 7"
     assert arms["plain_again"].description == "raw text, seed 8"
+
+
+def test_imported_latents_continue_the_chain() -> None:
+    """Where the entry names the model in whose place another one drew them; without a name they are
+    a teacher's."""
+    params = report_params({name: model(f"teacher/{name}") for name in ("m0", "m1", "m2", "x")}, {})
+    imported = load(ROOT / "presets" / "paper-released.yaml")["teachers"]["em1"]
+    drawn_by = {"m1": "m0", "m2": "m1", "x": None}
+    params["teachers"] = {name: {**imported, "drawn_by": by} for name, by in drawn_by.items()} | {
+        "m0": {"kind": "dataset", "corpus": "em"}
+    }
+    params["models"]["again"] = model("teacher/m1")
+    params["models"]["plain"] = model("teacher/m1", "raw")
+    arms = {arm.name: arm for arm in experiment_arms(report_settings(params))}
+    assert [arm.name for arm in em_chain(list(arms.values()))] == ["m0", "m1", "m2"]
+    assert (arms["again"].role, arms["again"].description) == ("frozen", "latents by m0, imported")
+    assert (arms["x"].role, arms["plain"].description) == ("teacher", "raw text")

@@ -19,7 +19,7 @@ from boltlm.corpus.chunks import Chunker
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Document, read_shard, shard_paths
-from boltlm.teachers.config import DatasetTeacherConfig, TeacherSettings
+from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
 from boltlm.teachers.job import ModelTeacher
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
 from boltlm.teachers.run import run_teacher
@@ -152,7 +152,12 @@ class TeacherStage:
         self.params["questions"]["count"] = 0
         self.params["evaluate"]["corpus"] = "em"
         self.params["split"]["shard_documents"] = -(-self.documents // 2)
-        self.params["chunks"] = {"mean_sentences": 1, "min_sentences": 1, "max_sentences": 1}
+        self.params["chunks"] = {
+            "mean_sentences": 1,
+            "min_sentences": 1,
+            "max_sentences": 1,
+            "from_source": [],
+        }
         self.params["max_latent_tokens"] = 100
         settings = build_settings(SplitSettings, self.params)
         chunker = Chunker(settings.chunks, TextCoder(self.base), 100, seed=1)
@@ -181,7 +186,7 @@ class TeacherStage:
     def config(self) -> ModelTeacher:
         """The teacher's own settings."""
         teacher = self.settings.teacher
-        assert not isinstance(teacher, DatasetTeacherConfig)
+        assert not isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig)
         return teacher
 
     @property

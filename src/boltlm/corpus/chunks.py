@@ -1,4 +1,5 @@
-"""Documents are cut into chunks of whole sentences; each chunk is tokenised alone, without loss.
+"""Documents are cut into chunks, of whole sentences or as their source cuts them; each chunk is
+tokenised alone, without loss.
 
 Joining the sentences of a document, or its chunks, gives its text back exactly; so does decoding
 the token ids of all its chunks, joined (docs/method.md, section 2).
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from boltlm.corpus.pieces import document_pieces
 from boltlm.errors import UserError
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
@@ -44,11 +46,13 @@ class ChunkEncoder(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkingConfig:
     """Chunk lengths in sentences: Poisson(mean_sentences) truncated to [min_sentences,
-    max_sentences]."""
+    max_sentences]. `from_source`: the corpora whose chunks are the pieces that their source lists
+    (`columns.pieces`), whatever the lengths."""
 
     mean_sentences: float
     min_sentences: int
     max_sentences: int
+    from_source: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if self.mean_sentences <= 0 or not 1 <= self.min_sentences <= self.max_sentences:
@@ -114,8 +118,8 @@ def sample_chunk_lengths(count: int, config: ChunkingConfig, rng: np.random.Gene
 class Chunker:
     """Cuts documents into chunks of at most `max_chunk_tokens` tokens.
 
-    `cut_chunks` counts the runs of sentences that were longer and had to be cut into several
-    chunks. Raises UserError if `max_chunk_tokens` is less than 1.
+    `cut_chunks` counts the runs of sentences, or the pieces, that were longer and had to be cut
+    into several chunks. Raises UserError if `max_chunk_tokens` is less than 1.
     """
 
     def __init__(
@@ -131,16 +135,14 @@ class Chunker:
         self.cut_chunks = 0
 
     def chunks(self, document: Document) -> list[Chunk]:
-        """The document's chunks in reading order; they depend on the seed and on this document
-        alone. Raises LossyTextError where the tokenizer cannot reproduce the text."""
+        """The document's chunks in reading order: its pieces, if it has them, or else runs of its
+        sentences. They depend on the seed and on this document alone. Raises LossyTextError where
+        the tokenizer cannot reproduce the text."""
         if not is_encodable(document.text):
             raise LossyTextError(f"document '{document.doc_id}': unpaired surrogate in its text")
-        rng = generator(self.seed, "chunks", document.doc_id)
-        sentences = split_sentences(document.text)
         chunks: list[Chunk] = []
-        start = 0
-        for length in sample_chunk_lengths(len(sentences), self.config, rng):
-            for text in self._cut_to_fit(sentences[start : start + length]):
+        for sentences in self._runs(document):
+            for text in self._cut_to_fit(sentences):
                 tokens = tuple(self.encoder.encode(text))
                 if self.encoder.decode(list(tokens)) != text:
                     raise LossyTextError(
@@ -149,8 +151,20 @@ class Chunker:
                 chunks.append(
                     Chunk(doc_id=document.doc_id, chunk=len(chunks), text=text, tokens=tokens)
                 )
-            start += length
         return chunks
+
+    def _runs(self, document: Document) -> Iterator[list[str]]:
+        """The sentences of each chunk, before those that are too long are cut."""
+        if document.pieces is not None:
+            for piece in document_pieces(document):
+                yield split_sentences(piece.text)
+            return
+        rng = generator(self.seed, "chunks", document.doc_id)
+        sentences = split_sentences(document.text)
+        start = 0
+        for length in sample_chunk_lengths(len(sentences), self.config, rng):
+            yield sentences[start : start + length]
+            start += length
 
     def _cut_to_fit(self, sentences: list[str]) -> Iterator[str]:
         """The sentences as one text if that is short enough, otherwise as several. A sentence is

@@ -1,13 +1,17 @@
-"""Reference latents: the latents that a data set itself carries for its documents or sentences.
+"""Reference latents: the latents that a data set itself carries for its documents, their pieces or
+their sentences.
 
 The teacher of kind `dataset` hands them out as training latents, and the latents that a model
 writes are compared with them (the metrics `exact_match`).
 """
 
+import bisect
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 from boltlm.corpus.chunks import split_sentences
+from boltlm.corpus.pieces import document_pieces
 from boltlm.errors import UserError
 from boltlm.records import Chunk, Document, read_shard, shard_paths
 
@@ -17,13 +21,18 @@ NO_LATENT = "no_latent_in_data"
 def chunk_latents(document: Document, chunks: list[Chunk]) -> list[str | None]:
     """The reference latent of each chunk of a document, None where the data have none for it.
 
-    If the document has a thought for each sentence, a chunk gets the thoughts of the sentences that
-    it overlaps; a thought that consecutive sentences share appears once, and where none of them
-    needs a thought the latent is empty. If it has a single latent,
-    the last chunk gets it, because that is where the document concludes.
+    If the document has pieces, a chunk that begins where a piece begins gets that piece's latent;
+    the other parts of a piece that was cut have none. If it has a thought for each sentence, a
+    chunk gets the thoughts of the sentences that it overlaps; a thought that consecutive sentences
+    share appears once, and where none of them needs a thought the latent is empty. If it has a
+    single latent, the last chunk gets it, because that is where the document concludes.
     Raises UserError where the document has neither, or where the numbers of thoughts and sentences
     differ.
     """
+    if document.pieces is not None:
+        by_start = {piece.start: piece.latent for piece in document_pieces(document)}
+        starts = itertools.accumulate((len(chunk.text) for chunk in chunks[:-1]), initial=0)
+        return [by_start.get(start) for start in starts]
     if document.thoughts is not None:
         return _sentence_latents(document, chunks)
     if document.latent is None:
@@ -32,6 +41,24 @@ def chunk_latents(document: Document, chunks: list[Chunk]) -> list[str | None]:
             " source with latents (set columns.latent or columns.pieces in params.yaml)"
         )
     return [*([None] * (len(chunks) - 1)), document.latent or None]
+
+
+def by_sentences(document: Document) -> Document:
+    """The document with a thought for each sentence in place of its pieces: the latent of the piece
+    that holds the sentence's first character that is not white space. A document without pieces is
+    returned as it is."""
+    if document.pieces is None:
+        return document
+    pieces = document_pieces(document)
+    starts = [piece.start for piece in pieces]
+    thoughts: list[str | None] = []
+    start = 0
+    for sentence in split_sentences(document.text):
+        first = start + len(sentence) - len(sentence.lstrip())
+        index = bisect.bisect_right(starts, min(first, len(document.text) - 1)) - 1
+        thoughts.append(pieces[index].latent)
+        start += len(sentence)
+    return replace(document, thoughts=tuple(thoughts), pieces=None)
 
 
 def document_thought(document: Document) -> str | None:

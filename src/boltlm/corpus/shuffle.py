@@ -1,4 +1,4 @@
-"""Shuffling: documents in an order that depends on their ids and the seed, in bounded memory."""
+"""The order of documents, in bounded memory: shuffled by their ids and the seed, or sorted."""
 
 import heapq
 import itertools
@@ -15,7 +15,7 @@ from boltlm.seeds import uniform
 MAX_RUN_CHARACTERS = 1 << 28  # of the documents that are sorted in memory
 MAX_RUNS = 256  # sorted files that are merged at once
 BATCH_DOCUMENTS = 64  # of each such file in memory
-_SortKey = Callable[[Document], float]
+SortKey = Callable[[Document], float]
 
 
 def shuffled(documents: Iterable[Document], size: int | None, seed: int) -> Iterator[Document]:
@@ -34,7 +34,7 @@ def shuffled(documents: Iterable[Document], size: int | None, seed: int) -> Iter
         return uniform(seed, "order", document.doc_id)
 
     if size is None:
-        yield from _sorted_in_files(documents, key)
+        yield from sorted_in_files(documents, key)
         return
     buffer: list[Document] = []
     for document in documents:
@@ -47,7 +47,7 @@ def shuffled(documents: Iterable[Document], size: int | None, seed: int) -> Iter
     yield from sorted(buffer, key=key)
 
 
-def _sorted_in_files(documents: Iterable[Document], key: _SortKey) -> Iterator[Document]:
+def sorted_in_files(documents: Iterable[Document], key: SortKey) -> Iterator[Document]:
     """The documents sorted by `key` (external merge sort). In memory are MAX_RUN_CHARACTERS and a
     document, and then BATCH_DOCUMENTS of each of at most MAX_RUNS files."""
     with TemporaryDirectory(prefix="boltlm-shuffle-") as name:
@@ -78,7 +78,7 @@ def _runs(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield run
 
 
-def _merged(runs: Sequence[Path], key: _SortKey) -> Iterator[Document]:
+def _merged(runs: Sequence[Path], key: SortKey) -> Iterator[Document]:
     return heapq.merge(*map(_read_run, runs), key=key)
 
 
@@ -98,6 +98,6 @@ def _read_run(path: Path) -> Iterator[Document]:
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
         for batch in reader:
             for row in batch.to_pylist():
-                thoughts = row["thoughts"]
-                row["thoughts"] = None if thoughts is None else tuple(thoughts)
+                for name in ("thoughts", "pieces"):
+                    row[name] = None if row[name] is None else tuple(row[name])
                 yield Document(**row)

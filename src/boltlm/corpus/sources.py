@@ -1,6 +1,5 @@
 """Where documents come from: generated pages, files, a data set of the hub, GSM8K or MATH."""
 
-import bisect
 import glob
 import itertools
 import os
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from boltlm.corpus.benchmarks import BenchmarkItem, read_benchmark
-from boltlm.corpus.chunks import split_sentences
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
+from boltlm.corpus.pieces import PieceColumns, read_pieces
 from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, split_revision, stream_hub
 from boltlm.corpus.shuffle import shuffled
 from boltlm.errors import UserError
@@ -23,26 +22,20 @@ GSM8K_STEM = "The answer is"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PieceColumns:
-    """A column that lists the pieces of the text in order, each with its own latent: the name of
-    the column, and the fields of an entry that hold its text and its latent. In the data that the
-    authors released these are `{column: chunks, text: suffix, latent: latent}`."""
-
-    column: str
-    text: str
-    latent: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnMapping:
     """The source's column for each field of a document; null where the source has none. `cluster`:
-    what makes documents dependent, such as their book or site."""
+    what makes documents dependent, such as their book or site. `text: null` takes the pieces,
+    joined, as the text."""
 
-    text: str
+    text: str | None
     doc_id: str | None
     cluster: str | None
     latent: str | None
     pieces: PieceColumns | None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.pieces is None:
+            raise UserError("text must name a column unless pieces does, found null for both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,48 +170,20 @@ def _mapped_documents(
         for column in (columns.text, columns.doc_id, columns.cluster, columns.latent, pieces):
             if column is not None and column not in row:
                 raise UserError(f"{location}: no column '{column}'; the row has {', '.join(row)}")
-        text = row[columns.text]
-        if not isinstance(text, str):
+        text = None if columns.text is None else row[columns.text]
+        if columns.text is not None and not isinstance(text, str):
             raise UserError(f"{location}: column '{columns.text}' is not text")
+        listed = read_pieces(row, text, columns.pieces, location) if columns.pieces else []
         cluster = row[columns.cluster] if columns.cluster else None
-        thoughts = None
-        if columns.pieces:
-            thoughts = _sentence_thoughts(row, text, columns.pieces, location)
         yield Document(
             doc_id=str(row[columns.doc_id]) if columns.doc_id else f"{source}:{index}",
-            text=text,
+            text="".join(piece for piece, _ in listed) if text is None else text,
             source=source,
             cluster=None if cluster is None else str(cluster),
             latent=row[columns.latent] if columns.latent else None,
-            thoughts=thoughts,
+            thoughts=tuple(latent for _, latent in listed) if columns.pieces else None,
+            pieces=tuple(len(piece) for piece, _ in listed) if columns.pieces else None,
         )
-
-
-def _sentence_thoughts(
-    row: Mapping[str, Any], text: str, columns: PieceColumns, location: str
-) -> tuple[str | None, ...]:
-    """For each sentence the latent of the piece that holds its first character that is not white
-    space. Raises UserError where the pieces are malformed or do not join to the text."""
-    try:
-        pieces = [(piece[columns.text], piece[columns.latent]) for piece in row[columns.column]]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{location}: column '{columns.column}' does not list pieces with the fields"
-            f" '{columns.text}' and '{columns.latent}'"
-        ) from error
-    if "".join(piece for piece, _ in pieces) != text:
-        raise UserError(
-            f"{location}: the pieces in column '{columns.column}' do not join to the text"
-        )
-    ends = list(itertools.accumulate(len(piece) for piece, _ in pieces))
-    thoughts: list[str | None] = []
-    start = 0
-    for sentence in split_sentences(text):
-        first = start + len(sentence) - len(sentence.lstrip())
-        index = bisect.bisect_right(ends, min(first, len(text) - 1))
-        thoughts.append(pieces[index][1] or None)
-        start += len(sentence)
-    return tuple(thoughts)
 
 
 def _gsm8k_rows(config: GSM8KSource) -> Iterator[tuple[int, dict[str, Any]]]:

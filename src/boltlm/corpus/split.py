@@ -19,6 +19,7 @@ from boltlm.corpus.contamination import Contamination
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, open_source, take_documents
 from boltlm.corpus.inputs import require_input
 from boltlm.corpus.readers import is_file_name
+from boltlm.corpus.reference_latents import by_sentences
 from boltlm.corpus.sources import CorpusSource
 from boltlm.errors import UserError
 from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
@@ -70,6 +71,7 @@ class SplitSettings:
             if is_file_name(path):
                 require_input(f"benchmarks.{benchmark}", path, self.inputs)
         self._check_order()
+        self._check_pieces()
 
     def _check_order(self) -> None:
         """Raises UserError where the stage `base` would read what another corpus takes."""
@@ -82,6 +84,20 @@ class SplitSettings:
                 f"corpora.{BASE_CORPUS} must come before corpora.{first}, because both read the"
                 " same source and the stage 'base' reads its first documents; move it up"
             )
+
+    def _check_pieces(self) -> None:
+        """Raises UserError where a corpus of `chunks.from_source` has no pieces."""
+        for name in self.chunks.from_source:
+            if name == BASE_CORPUS or name not in self.corpora:
+                names = ", ".join(corpus for corpus in self.corpora if corpus != BASE_CORPUS)
+                raise UserError(f"chunks.from_source must name corpora ({names}), found '{name}'")
+            columns = getattr(self.corpora[name].source, "columns", None)
+            if columns is None or columns.pieces is None:
+                raise UserError(
+                    f"chunks.from_source names '{name}', but the source of corpora.{name} lists no"
+                    " pieces; set columns.pieces of a source of kind files or hub, or take the"
+                    " corpus out of chunks.from_source"
+                )
 
 
 def stream_corpora(
@@ -144,7 +160,8 @@ def split_corpora(
     corpus `base` is not written, because only the stage `base` reads it, before chunks exist.
 
     Documents that are empty, that the tokenizer cannot reproduce or, if `split.drop_contaminated`
-    is true, that are contaminated are dropped and counted as `<corpus>/dropped_<reason>`.
+    is true, that are contaminated are dropped and counted as `<corpus>/dropped_<reason>`; so are
+    pieces without text in the corpora of `chunks.from_source`, whose chunks are the pieces.
     Raises UserError where a source has too few documents, two documents of a corpus share an id, or
     all documents of a corpus are dropped.
     """
@@ -201,7 +218,8 @@ class _CorpusWriter:
     def _chunk(self, name: str, batch: list[Document]) -> list[tuple[Document, list[Chunk]]]:
         """The documents that can be chunked, with their chunks."""
         chunked: list[tuple[Document, list[Chunk]]] = []
-        for document in batch:
+        from_source = name in self.chunker.config.from_source
+        for document in batch if from_source else map(by_sentences, batch):
             if not document.text:
                 self.counts[f"{name}/dropped_empty"] += 1
                 continue
@@ -209,6 +227,9 @@ class _CorpusWriter:
                 chunked.append((document, self.chunker.chunks(document)))
             except LossyTextError:
                 self.counts[f"{name}/dropped_not_reversible"] += 1
+                continue
+            if from_source and (empty := (document.pieces or ()).count(0)):
+                self.counts[f"{name}/dropped_empty_pieces"] += empty
         return chunked
 
     def _check_contamination(

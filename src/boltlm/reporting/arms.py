@@ -9,6 +9,7 @@ from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
 from boltlm.evaluation.config import CurveEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
 from boltlm.params import from_key
+from boltlm.teachers.config import AnyTeacher, ImportTeacherConfig
 from boltlm.training.config import CompletedModelEntry
 
 Role = Literal["base", "iteration", "frozen", "teacher", "raw", "other"]
@@ -20,6 +21,7 @@ BASE_MODEL = "base"
 class ReportSettings:
     """The entries of params.yaml whose results are reported."""
 
+    teachers: Mapping[str, AnyTeacher]
     latents: Mapping[str, LatentsEntry]
     models: Mapping[str, CompletedModelEntry]
     curves: Mapping[str, CurveEntry]
@@ -37,8 +39,9 @@ class Arm:
     text alone, and `other` in all remaining cases (mixtures with raw text, second chains). The role
     `base` is that of BASE_MODEL.
     `latents` is the entry of `latents` that the model is trained on, `generator` the model that
-    sampled it; `note` says how these latents differ from those of the chain, and
-    the seed of the training where it is the model's own.
+    sampled it; imported latents have no entry, but a generator, in whose place another model drew
+    them. `note` says how these latents differ from those of the chain, and the seed of the
+    training where it is the model's own.
     """
 
     name: str
@@ -113,11 +116,11 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
         iteration=chain.index(name) if name in chain else None,
         latents=latents,
         generator=generator,
-        note=_note(settings, name, latents),
+        note=_note(settings, name, latents, generator),
     )
 
 
-def _note(settings: ReportSettings, name: str, latents: str | None) -> str:
+def _note(settings: ReportSettings, name: str, latents: str | None, generator: str | None) -> str:
     parts: list[str] = []
     if latents is not None:
         entry = settings.latents[latents]
@@ -127,15 +130,20 @@ def _note(settings: ReportSettings, name: str, latents: str | None) -> str:
             for option, value in asdict(entry.options).items()
             if value != getattr(PAPER_OPTIONS, option)
         ]
+    elif generator is not None:
+        parts.append("imported")
     if (seed := settings.models[name].seed) is not None:
         parts.append(f"seed {seed}")
     return "".join(f", {part}" for part in parts)
 
 
 def _latents_source(settings: ReportSettings, name: str) -> tuple[str | None, str | None]:
-    """The entry of `latents` that a model is trained on and the model that sampled it; two Nones
-    if the model's data come from elsewhere."""
+    """The entry of `latents` that a model is trained on, and the model that sampled it or in whose
+    place another one did (the teacher `import`); None where there is none."""
     folder, _, entry = settings.models[name].data.partition("/")
+    if folder == "teacher":
+        teacher = settings.teachers[entry]
+        return None, teacher.drawn_by if isinstance(teacher, ImportTeacherConfig) else None
     if folder != "latents":
         return None, None
     return entry, settings.latents[entry].model

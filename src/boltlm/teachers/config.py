@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from boltlm.corpus.inputs import require_input
 from boltlm.corpus.readers import split_revision
+from boltlm.corpus.sources import FilesSource, HubSource, local_path
 from boltlm.errors import UserError
 from boltlm.fingerprint import hash_path
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key, require_positive
@@ -26,6 +27,35 @@ class DatasetTeacherConfig:
 
     kind: Literal["dataset"]
     corpus: Annotated[str, EntryName("corpora")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportTeacherConfig:
+    """`kind: import`: latents that another data set has for the documents of a corpus of
+    `chunks.from_source`, such as those that the authors' models drew in later iterations.
+
+    source: the data set, with `columns.pieces`; its documents are matched by id, text and pieces.
+    drawn_by: the model of this experiment in whose place another one drew the latents, so that
+      reports show the EM chain; null: none.
+    max_unmatched_fraction: fraction of the chunks whose document may be missing in the source, or
+      differ in its text or pieces.
+    """
+
+    kind: Literal["import"]
+    corpus: Annotated[str, EntryName("corpora")]
+    source: FilesSource | HubSource
+    drawn_by: Annotated[str, EntryName("models")] | None
+    max_unmatched_fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("max_unmatched_fraction", self.max_unmatched_fraction)
+        if self.source.columns.pieces is None:
+            raise UserError("source.columns.pieces must name the pieces with latents, found null")
+        if self.source.shuffle_buffer != 0:
+            raise UserError(
+                "source.shuffle_buffer must be 0, because documents are found by their ids,"
+                f" found {self.source.shuffle_buffer}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,10 +88,7 @@ class TeacherConfig:
             raise UserError(
                 f"paraphrases must be 1 or more, found {self.paraphrases} (task {self.task})"
             )
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise UserError(
-                f"max_failed_fraction must be between 0 and 1, found {self.max_failed_fraction}"
-            )
+        _check_fraction("max_failed_fraction", self.max_failed_fraction)
 
     @property
     def sampling_facts(self) -> dict[str, str | int | float]:
@@ -185,7 +212,13 @@ class VLLMTeacherConfig(TeacherConfig):
         return {**facts, "model": model, "engine": "vllm"}
 
 
-AnyTeacher = DatasetTeacherConfig | OpenAIChatConfig | OpenAIBatchConfig | VLLMTeacherConfig
+AnyTeacher = (
+    DatasetTeacherConfig
+    | ImportTeacherConfig
+    | OpenAIChatConfig
+    | OpenAIBatchConfig
+    | VLLMTeacherConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,3 +238,12 @@ class TeacherSettings:
     def __post_init__(self) -> None:
         if isinstance(self.teacher, VLLMTeacherConfig) and Path(self.teacher.model).exists():
             require_input(f"teachers.{self.name}.model", self.teacher.model, self.inputs)
+        if isinstance(self.teacher, ImportTeacherConfig):
+            path = local_path(self.teacher.source)
+            if path is not None:
+                require_input(f"teachers.{self.name}.source.path", path, self.inputs)
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} must be between 0 and 1, found {value}")
