@@ -90,7 +90,8 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
             entry["source"]["path"] = str(folder / f"{entry['source']['kind']}.jsonl")
     small["benchmarks"] = {name: str(folder / f"{name}.jsonl") for name in params["benchmarks"]}
     for teacher in small["teachers"].values():
-        teacher |= {"base_url": teacher_url, "poll_interval_seconds": 0.1}
+        teacher |= {"base_url": teacher_url, "api_key_env": "OPENAI_API_KEY"}
+        teacher["poll_interval_seconds"] = 0.1
     small["inputs"] = {"data": str(folder)}
     for entry in small["models"].values():
         changes = entry.get("budget", {})

@@ -41,7 +41,13 @@ COMMON_KEYS = {
 }
 API_KEYS = {
     "base_url": None,
+    "api_key_env": "OPENAI_API_KEY",
+    "top_p": None,
+    "sampling_seed": None,
+    "reasoning_effort": None,
+    "extra_body": {},
     "max_retries": 4,
+    "retry_failed": False,
     "timeout_seconds": 20.0,
     "expected_output_tokens": 20,
     "characters_per_token": 4.0,
@@ -49,7 +55,7 @@ API_KEYS = {
     "prices": PRICES,
 }
 KEYS_BY_KIND: dict[str, dict[str, Any]] = {
-    "openai": {**API_KEYS, "concurrency": 4},
+    "openai": {**API_KEYS, "concurrency": 4, "max_outage_seconds": 60.0},
     "openai_batch": {
         **API_KEYS,
         "max_requests_per_batch": 10,
