@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
 import openai
 
 from boltlm.errors import UserError
@@ -47,6 +48,7 @@ from boltlm.teachers.server_health import ServerHealth
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 # The pause before a request is sent again, doubled with each try up to the maximum.
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
+TIMEOUT_MARGIN_SECONDS = 0.5  # within which the client's own timeouts come first
 CHECK_SECONDS = 0.5  # how often what is waiting looks whether the run has ended
 _MALFORMED_MESSAGE = "the response is not a chat completion"
 
@@ -178,13 +180,18 @@ class ChatSession:
             self.changed.set()
 
     async def _send(self, request: TeacherRequest, attempt: int, idempotency_key: str) -> Any:
-        body = self.config.request_body(request, attempt)
-        return await self.client.chat.completions.with_raw_response.create(
-            model=body.pop("model"),
-            messages=body.pop("messages"),
-            extra_body=body,
-            extra_headers={IDEMPOTENCY_HEADER: idempotency_key},
-        )
+        body, seconds = self.config.request_body(request, attempt), self.config.timeout_seconds
+        try:
+            # The client's own timeout is for each read: a body that drips never reaches it.
+            async with asyncio.timeout(seconds + TIMEOUT_MARGIN_SECONDS):
+                return await self.client.chat.completions.with_raw_response.create(
+                    model=body.pop("model"),
+                    messages=body.pop("messages"),
+                    extra_body=body,
+                    extra_headers={IDEMPOTENCY_HEADER: idempotency_key},
+                )
+        except TimeoutError:
+            raise openai.APITimeoutError(httpx2.Request("POST", self.config.url)) from None
 
     async def _receive(self, task: _Task, sent: SentRequest, raw: Any) -> tuple[float, bool]:
         """Save the response. Returns its cost, and whether that is an estimate."""

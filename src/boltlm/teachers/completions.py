@@ -57,11 +57,13 @@ def reported_tokens(body: Any) -> tuple[int, int] | None:
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return None
-    numbers = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    if not all(isinstance(n, int | float) and 0 <= n <= _MAX_TOKENS for n in numbers):
-        return None
-    input_tokens, output_tokens = map(int, numbers)
-    return (input_tokens, output_tokens) if input_tokens else None
+    tokens: list[int] = []
+    for name in ("prompt_tokens", "completion_tokens"):
+        number = usage.get(name)
+        if not isinstance(number, int | float) or not 0 <= number <= _MAX_TOKENS:
+            return None
+        tokens.append(int(number))
+    return (tokens[0], tokens[1]) if tokens[0] else None
 
 
 def _valid_unicode(text: str) -> str:
