@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 def hide_secret(secret: str) -> None:
-    """Have `redact` remove this value from every text, from now on in this process."""
+    """Have `redact_secrets` remove this value from texts, from now on in this process."""
     if len(secret) >= MIN_SECRET_CHARACTERS:
         _secrets.add(secret)
 
@@ -33,7 +33,7 @@ def redact_secrets(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A message without secrets and without anything that looks like a key of OpenAI."""
+    """An API's message without secrets and without anything that looks like a key of OpenAI."""
     return _OPENAI_KEY.sub(_REDACTED, redact_secrets(text))
 
 
@@ -50,16 +50,16 @@ def run_main(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
         elif isinstance(error, OSError):  # concerns this machine only
-            print(f"error in process {rank}: {redact(str(error))}", file=sys.stderr)
+            print(f"error in process {rank}: {redact_secrets(str(error))}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception:
         text = traceback.format_exc()
-        if redact(text) == text:
+        if redact_secrets(text) == text:
             raise
-        print(redact(text), file=sys.stderr)
+        print(redact_secrets(text), file=sys.stderr)
         raise SystemExit(1) from None

@@ -11,6 +11,7 @@ import openai
 
 from boltlm.errors import UserError, redact
 from boltlm.teachers.api_key import key_variable
+from boltlm.teachers.charges import CONNECTION, TIMEOUT
 from boltlm.teachers.config import APITeacherConfig
 
 # Status codes by which servers reject a single request, rather than all requests of this run.
@@ -49,6 +50,11 @@ def error_kind(error: openai.OpenAIError) -> ErrorKind:
     if status in REJECTED_STATUS_CODES:
         return ErrorKind.REJECTED
     return ErrorKind.SERVER if status >= 500 or status in (408, 409) else ErrorKind.FATAL
+
+
+def lost_reason(error: openai.OpenAIError) -> str:
+    """Why an answer was lost, for its charge."""
+    return TIMEOUT if isinstance(error, openai.APITimeoutError) else CONNECTION
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

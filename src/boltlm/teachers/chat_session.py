@@ -25,19 +25,12 @@ from boltlm.teachers.api_errors import (
     describe_error,
     error_kind,
     error_message,
+    lost_reason,
     retry_after_seconds,
     to_user_error,
 )
 from boltlm.teachers.cache_writer import CacheWriter
-from boltlm.teachers.charges import (
-    CONNECTION,
-    GIVEN_UP,
-    MALFORMED,
-    TIMEOUT,
-    Charge,
-    add_charges,
-    record_in_flight,
-)
+from boltlm.teachers.charges import GIVEN_UP, MALFORMED, Charge, add_charges, record_in_flight
 from boltlm.teachers.completions import MalformedResponseError, parse_completion, reported_tokens
 from boltlm.teachers.config import OpenAIChatConfig
 from boltlm.teachers.prompts import TeacherRequest
@@ -97,7 +90,8 @@ class ChatSession:
             await asyncio.gather(*(self._work() for _ in range(self.config.concurrency)))
         finally:
             watch.cancel()
-        await self.writer.call(record_in_flight, self.teacher, 0.0)
+        if self.recorded_usd:
+            await self.writer.call(record_in_flight, self.teacher, 0.0)
         return self.count
 
     async def _work(self) -> None:
@@ -129,8 +123,7 @@ class ChatSession:
         return None
 
     def _put_back(self, task: _Task, seconds: float) -> None:
-        item = (self.clock() + seconds, next(self.numbers), task)
-        heapq.heappush(self.waiting, item)
+        heapq.heappush(self.waiting, (self.clock() + seconds, next(self.numbers), task))
 
     async def _admit(self, task: _Task) -> SentRequest | None:
         """Wait until the server's limits and the budget allow the request, and enter it as sent.
@@ -233,7 +226,7 @@ class ChatSession:
                 )
             )
         else:
-            await self._retry(task, _MALFORMED_MESSAGE, 0.0)
+            await self._retry(task, _MALFORMED_MESSAGE, None)
         return cost_usd, tokens is None
 
     async def _handle_error(
@@ -261,21 +254,23 @@ class ChatSession:
             return 0.0, False
         lost = kind is ErrorKind.LOST
         if lost:
-            reason = TIMEOUT if isinstance(error, openai.APITimeoutError) else CONNECTION
-            charge = Charge(task.pending.request.key, reason, task.max_usd, estimated=True)
+            key, reason = task.pending.request.key, lost_reason(error)
+            charge = Charge(key, reason, task.max_usd, estimated=True)
             await self.writer.call(add_charges, [charge])
         if getattr(error, "status_code", None) == CONFLICT_STATUS_CODE:
             wait = self.config.timeout_seconds / (self.config.max_retries + 1)
-        await self._retry(task, self.health.last_error, wait or 0.0)
+        await self._retry(task, self.health.last_error, wait)
         return (task.max_usd if lost else 0.0), lost
 
-    async def _retry(self, task: _Task, message: str, min_seconds: float) -> None:
+    async def _retry(self, task: _Task, message: str, wait: float | None) -> None:
         """Send a request again later. After the last try of a round, see whether the server is at
         fault or this request."""
         task.tries += 1
-        pause = min(MIN_RETRY_SECONDS * 2.0 ** (task.tries - 1), MAX_RETRY_SECONDS)
+        pause = max(
+            min(MIN_RETRY_SECONDS * 2.0 ** (task.tries - 1), MAX_RETRY_SECONDS), wait or 0.0
+        )
         if task.tries <= self.config.max_retries:
-            self._put_back(task, max(pause, min_seconds))
+            self._put_back(task, pause)
             return
         if self.health.last_success > task.round_start or await self.health.probe():
             task.rounds += 1
@@ -285,18 +280,18 @@ class ChatSession:
             self.ledger.give_up(key, message)
             return
         task.tries, task.round_start = 0, self.clock()
-        self._put_back(task, max(pause, min_seconds))
+        self._put_back(task, pause)
 
     async def _watch(self) -> None:
         """Show the progress, also of a run that hangs, and end a run in which nothing succeeds."""
-        while self.ledger.stop_error is None:
+        while True:
             await asyncio.sleep(min(1.0, self.config.max_outage_seconds / 4))
             rate = self.limiter.describe(self.clock())
             self.ledger.activity = f"{self.limiter.in_flight} in flight, {rate}"
             self.ledger.show()
             self.ledger.progress.tick()
             try:
-                if await self.health.has_outage():
+                if self.ledger.stop_error is None and await self.health.has_outage():
                     self.ledger.stop(self.health.outage_error())
             except UserError as error:  # the response cache cannot be written
                 self.ledger.stop(error)

@@ -89,7 +89,10 @@ class CostBudget:
         parts = [f"${self.spent:.4f} spent{self.describe_estimated()}"]
         if self.reserved:
             parts.append(f"${self.reserved * self.ratio:.4f} reserved")
-        return ", ".join([*parts, f"${self.expected:.4f} expected in all"])
+        parts.append(f"${self.expected:.4f} expected in all")
+        if self.ratio > 1:
+            parts.append(f"up to {self.ratio:.2f} times the most that a request should cost")
+        return ", ".join(parts)
 
     def describe_estimated(self) -> str:
         """Which part of `spent` is an estimate, to be appended to it; empty where none is."""

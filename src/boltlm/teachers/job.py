@@ -1,14 +1,13 @@
 """A teacher model and a corpus: estimate the cost, send the open requests, write the tables."""
 
-import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from boltlm.errors import UserError, redact
+from boltlm.errors import UserError, redact_secrets
 from boltlm.fingerprint import fingerprint
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Paraphrase, TeacherLatent, read_shard, write_shard
@@ -111,19 +110,22 @@ class TeacherJob:
             raise ledger.stop_error
         return ledger
 
-    def _enter_charges(self, ledger: RequestLedger) -> dict[str, list[Charge]]:
-        """Enter what earlier runs of this teacher left in the cache: charges that belong to no
-        request, and requests that were given up. Returns all charges by key."""
+    def _read_charges(self, ledger: RequestLedger) -> dict[str, list[Charge]]:
+        """The charges of earlier runs by key. Enters those that belong to no single request into
+        the ledger."""
         teacher = fingerprint(self.config.sampling_facts)
         adopt_in_flight(ledger.cache, teacher)
         charges = read_charges(ledger.cache)
-        for charge in charges.get(teacher, ()):
-            ledger.budget.charge(charge.usd, estimated=charge.estimated)
-        if isinstance(self.config, APITeacherConfig) and not self.config.retry_failed:
-            for charge in itertools.chain.from_iterable(charges.values()):
-                if charge.reason == GIVEN_UP:
-                    ledger.failed[charge.key] = RequestFailure(NO_ANSWER, charge.message)
+        self._enter_charges(ledger, charges.get(teacher, ()))
         return charges
+
+    def _enter_charges(self, ledger: RequestLedger, charges: Iterable[Charge]) -> None:
+        """Enter into the ledger what charges cost, and which requests were given up."""
+        for charge in charges:
+            ledger.budget.charge(charge.usd, estimated=charge.estimated)
+            retry = isinstance(self.config, APITeacherConfig) and self.config.retry_failed
+            if charge.reason == GIVEN_UP and not retry:
+                ledger.failed[charge.key] = RequestFailure(NO_ANSWER, charge.message)
 
     def _client(self) -> TeacherClient:
         # The libraries of other kinds are not imported: they are large or may not be installed.
@@ -146,15 +148,14 @@ class TeacherJob:
         number. Enters what the cache holds into the ledger. Raises UserError where the expected
         cost exceeds the limit."""
         num_final, num_open, input_tokens, output_tokens = 0, 0, 0.0, 0.0
-        charges = self._enter_charges(ledger)
+        charges = self._read_charges(ledger)
         ledger.cache.reset_occurrences()
         for request in self._all_requests():
             if not ledger.cache.is_first_occurrence(request.key):
                 continue
+            self._enter_charges(ledger, charges.get(request.key, ()))
             status = ledger.status(request.key)
             ledger.budget.spent += sum(response.cost_usd for response in status.responses)
-            for charge in charges.get(request.key, ()):
-                ledger.budget.charge(charge.usd, estimated=charge.estimated)
             ledger.usable += status.response is not None
             if status.next_attempt is None:
                 num_final += 1
@@ -286,4 +287,4 @@ def _count_responses(status: RequestStatus, counts: Counter[str]) -> None:
 def _log(cache: ResponseCache, text: str) -> None:
     """Append a line with the time to the log beside the response cache."""
     with cache.path.with_suffix(".log").open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact(text)}\n")
+        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact_secrets(text)}\n")
