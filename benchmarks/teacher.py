@@ -30,8 +30,7 @@ from boltlm.teachers.config import OpenAIChatConfig  # noqa: E402
 from tests.teachers.server import KEY  # noqa: E402
 from tests.teachers.stage_harness import ServerProcess, TeacherStage  # noqa: E402
 
-# A document of three rounds has six chunks; all but the first differ from those of any other one.
-ROUNDS, UNIQUE_CHUNKS = 3, 5
+CHUNKS_PER_DOCUMENT = 2  # about; a chunk that occurs twice is asked once
 VARIANTS = ("gather", "stage")
 
 
@@ -60,8 +59,8 @@ def run_gather(stage: TeacherStage, concurrency: int) -> int:
 
 def run_variant(args: argparse.Namespace) -> None:
     """Run one variant in this process and print its measurements as a line of JSON."""
-    documents = args.requests // UNIQUE_CHUNKS
-    stage = TeacherStage(args.folder, args.base, documents=documents, rounds=ROUNDS)
+    documents = args.requests // CHUNKS_PER_DOCUMENT
+    stage = TeacherStage(args.folder, args.base, documents=documents)
     changes = {"concurrency": args.concurrency, "max_cost_usd": 1e6}
     changes |= {"max_retries": 0, "max_outage_seconds": 60.0}
     stage.configure("openai", None, base_url=args.url, **changes)

@@ -28,15 +28,15 @@ MAX_WAIT_SECONDS = 15.0
 MIN_WAIT_SECONDS = 1e-3  # less is none
 RATE_WINDOW_SECONDS = 60.0  # over which requests and tokens per minute are counted
 _SECONDS_BY_UNIT = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d|))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)")
 
 
 def parse_duration(text: str) -> float | None:
     """Seconds of a duration such as `6m0s`, `120ms` or `1.5`; None where it is none."""
-    if not _DURATION.fullmatch(text):
+    parts: list[tuple[str, str]] = _DURATION_PART.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
         return None
-    return sum(float(n) * _SECONDS_BY_UNIT[unit] for n, unit in _DURATION_PART.findall(text))
+    return sum(float(number) * _SECONDS_BY_UNIT[unit] for number, unit in parts)
 
 
 @dataclass(slots=True)
