@@ -12,7 +12,7 @@ from boltlm.teachers.rate_limiter import RateLimiter, SentRequest, parse_duratio
 PER_MINUTE = 500
 LATENCY_SECONDS = 2.5
 # The requests that a server accepts at once when it was idle, as seconds of its rate.
-BURST_SECONDS = 6.0
+BURST_SECONDS, SMALL_BURST_SECONDS = 6.0, 1.2
 
 
 @dataclass
@@ -22,13 +22,14 @@ class Bucket:
 
     headers: bool
     retry_after: bool
+    burst_seconds: float = BURST_SECONDS
     rate: float = PER_MINUTE / 60
-    level: float = BURST_SECONDS * PER_MINUTE / 60
+    level: float = 0.0
     at: float = 0.0
 
     def admit(self, now: float) -> tuple[bool, Mapping[str, str], float | None]:
         """Whether a request is accepted, the headers, and the pause that is asked for."""
-        full = BURST_SECONDS * self.rate
+        full = self.burst_seconds * self.rate
         self.level, self.at = min(full, self.level + self.rate * (now - self.at)), now
         accepted = self.level >= 1
         self.level -= accepted
@@ -97,11 +98,12 @@ def simulate(
     "make_server",
     [
         lambda: Bucket(headers=True, retry_after=True),
+        lambda: Bucket(headers=True, retry_after=True, burst_seconds=SMALL_BURST_SECONDS),
         lambda: Bucket(headers=False, retry_after=True),
         lambda: Bucket(headers=False, retry_after=False),
         Window,
     ],
-    ids=["headers", "retry-after", "bare", "window"],
+    ids=["headers", "headers, small burst", "retry-after", "bare", "window"],
 )
 def test_a_run_under_a_steady_limit_uses_nine_tenths_of_it(
     make_server: Callable[[], Bucket | Window], latency: float

@@ -158,12 +158,16 @@ class RateLimiter:
         retry_after: float | None,
         now: float,
     ) -> None:
-        """The server answered 429. Send nothing for as long as it says, and fewer at a time."""
+        """The server answered 429. Send nothing for as long as it says, and fewer at a time unless
+        its limits are known."""
         self.in_flight -= 1
         self.num_limited += 1
         self._observe(sent, headers)
         is_first = sent.at >= self._decreased_at
-        self._decrease(sent, now)
+        # Where the limits are known and so is the pause, too many at a time are not the cause.
+        known = math.isfinite(min(self.requests.limit, self.tokens.limit))
+        if not known or retry_after is None:
+            self._decrease(sent, now)
         if retry_after is not None:
             self._paused_until = max(self._paused_until, now + retry_after)
         elif is_first:
