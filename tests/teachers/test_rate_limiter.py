@@ -24,8 +24,10 @@ class Bucket:
     retry_after: bool
     burst_seconds: float = BURST_SECONDS
     rate: float = PER_MINUTE / 60
-    level: float = 0.0
     at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.level = self.burst_seconds * self.rate
 
     def admit(self, now: float) -> tuple[bool, Mapping[str, str], float | None]:
         """Whether a request is accepted, the headers, and the pause that is asked for."""
