@@ -1,6 +1,7 @@
 """The budget is a hard limit."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ REQUESTS = st.lists(
 
 
 def run_schedule(
-    budget: CostBudget, requests: list[tuple[float, float | None, int]], concurrency: int
+    budget: CostBudget, requests: Sequence[tuple[float, float | None, int]], concurrency: int
 ) -> list[float]:
     """Send requests as the client does, with random returns. Returns what was spent by then."""
     in_flight: list[tuple[float, float | None]] = []
