@@ -8,7 +8,7 @@ and one request's 429 slows down all others. Time is an argument, so tests simul
 Shared by all requests of a run: the server's limits on requests and tokens, each followed as a
 token bucket; a pause after a 429; and the concurrency by additive increase and multiplicative
 decrease, as TCP has it: one more for each round of responses, a factor less for each round with a
-429.
+429 of a server that does not report its limits, or with another error.
 """
 
 import math
