@@ -1,10 +1,14 @@
 """Measures the speed and memory of the stage `teacher` with chat completions.
 
     python benchmarks/teacher.py --requests 10000 --concurrency 64
+    python benchmarks/teacher.py --requests 500 --delay 2.5 --requests-per-minute 500
 
 The baseline is `asyncio.gather` over the same client, requests and concurrency; it saves nothing
 and holds all responses in memory. Both use a mock server on this machine, and each runs in a
-process of its own, one after the other. Memory is the peak of the process, in MiB.
+process of its own, one after the other. Memory is the peak of the process, in MiB. The server takes
+--delay seconds for a response. With --requests-per-minute it refuses more, with the headers of
+OpenAI, and there is no baseline: the rate is compared with the limit, from the first request to the
+last response, less what the server accepts at once (--burst) and the time of one response.
 """
 
 import argparse
@@ -26,8 +30,7 @@ from boltlm.teachers.config import OpenAIChatConfig  # noqa: E402
 from tests.teachers.server import KEY  # noqa: E402
 from tests.teachers.stage_harness import ServerProcess, TeacherStage  # noqa: E402
 
-# A document of three rounds has six chunks; all but the first differ from those of any other one.
-ROUNDS, UNIQUE_CHUNKS = 3, 5
+CHUNKS_PER_DOCUMENT = 2  # about; a chunk that occurs twice is asked once
 VARIANTS = ("gather", "stage")
 
 
@@ -56,9 +59,10 @@ def run_gather(stage: TeacherStage, concurrency: int) -> int:
 
 def run_variant(args: argparse.Namespace) -> None:
     """Run one variant in this process and print its measurements as a line of JSON."""
-    documents = args.requests // UNIQUE_CHUNKS
-    stage = TeacherStage(args.folder, args.base, documents=documents, rounds=ROUNDS)
+    documents = args.requests // CHUNKS_PER_DOCUMENT
+    stage = TeacherStage(args.folder, args.base, documents=documents)
     changes = {"concurrency": args.concurrency, "max_cost_usd": 1e6}
+    changes |= {"max_retries": 0, "max_outage_seconds": 60.0}
     stage.configure("openai", None, base_url=args.url, **changes)
     start_mib = peak_memory_mib()
     start = time.perf_counter()
@@ -94,7 +98,12 @@ def create_tokenizer(folder: Path) -> Path:
 
 def measure(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one variant in a new process against a new server."""
-    server = ServerProcess(folder / f"{variant}-server").start()
+    server = ServerProcess(
+        folder / f"{variant}-server",
+        delay=args.delay,
+        requests_per_minute=args.requests_per_minute,
+        burst=args.burst,
+    ).start()
     command = [sys.executable, __file__, "--variant", variant, "--url", server.url]
     command += ["--folder", str(folder / variant), "--base", str(folder / "base")]
     command += ["--requests", str(args.requests), "--concurrency", str(args.concurrency)]
@@ -113,10 +122,27 @@ def measure(variant: str, args: argparse.Namespace, folder: Path) -> dict[str, A
     return facts
 
 
+def limited_facts(stage: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """How fast the stage was under a limit, relative to the limit."""
+    seconds = stage["seconds"] - args.delay
+    per_minute = (stage["requests"] - args.burst) / seconds * 60
+    return {
+        "requests": stage["requests"],
+        "concurrency": args.concurrency,
+        "delay_seconds": args.delay,
+        "limit_per_minute": args.requests_per_minute,
+        "requests_per_minute": per_minute,
+        "ratio_vs_limit": per_minute / args.requests_per_minute,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=0.0, help="of a response, seconds")
+    parser.add_argument("--requests-per-minute", type=float, help="the server's limit")
+    parser.add_argument("--burst", type=float, default=10.0, help="requests accepted at once")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     for flag in ("--folder", "--base"):
         parser.add_argument(flag, type=Path, help=argparse.SUPPRESS)
@@ -128,10 +154,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         create_tokenizer(folder / "base")
+        if args.requests_per_minute is not None:
+            print(json.dumps(limited_facts(measure("stage", args, folder), args)))
+            return
         gather, stage = (measure(variant, args, folder) for variant in VARIANTS)
     facts = {
         "requests": stage["requests"],
         "concurrency": args.concurrency,
+        "delay_seconds": args.delay,
         "requests_per_second": stage["requests_per_second"],
         "requests_per_second_gather": gather["requests_per_second"],
         "ratio_vs_gather": stage["requests_per_second"] / gather["requests_per_second"],

@@ -102,7 +102,8 @@ def shrunk(params: Mapping[str, Any], folder: Path, teacher_url: str) -> dict[st
             teacher["source"] = {**files, "path": path, "columns": source["columns"]}
             teacher["source"]["shuffle_buffer"] = source["shuffle_buffer"]
         elif teacher["kind"] != "dataset":
-            teacher |= {"base_url": teacher_url, "poll_interval_seconds": 0.1}
+            teacher |= {"base_url": teacher_url, "api_key_env": "OPENAI_API_KEY"}
+            teacher["poll_interval_seconds"] = 0.1
     small["inputs"] = {"data": str(folder)}
     for entry in small["models"].values():
         changes = entry.get("budget", {})

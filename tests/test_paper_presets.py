@@ -176,7 +176,7 @@ def test_a_shrunken_preset_is_the_same_graph(name: str, tmp_path: Path) -> None:
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     sizes = r"corpora\.\w+\.(documents|source.*)|models\.\w+\.(budget\.amount|train\.batch_size)"
     others = r"(base|corpus|benchmarks)\..*|inputs.*"
-    others += r"|teachers\.\w+\.(base_url|poll_interval_seconds|source\..*)"
+    others += r"|teachers\.\w+\.(base_url|api_key_env|poll_interval_seconds|source\..*)"
     assert all(key in SHRUNK or re.fullmatch(f"{sizes}|{others}", key) for key in changed)
     assert "hub" not in re.findall(r"kind: (\w+)", yaml.safe_dump(small))
     settings = build_settings(SplitSettings, small)

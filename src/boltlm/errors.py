@@ -1,13 +1,40 @@
-"""Errors that a user can cause: one line on standard error and an exit code, no traceback."""
+"""Errors that a user can cause: one line on standard error and an exit code, no traceback. No error
+that is printed shows an API key."""
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+
+# Shorter values are placeholders for servers that check no key, and may be ordinary words.
+MIN_SECRET_CHARACTERS = 8
+_REDACTED = "[key]"
+_OPENAI_KEY = re.compile(r"\bsk-[\w*.-]+")  # also of other accounts, and partly masked ones
+_secrets: set[str] = set()
 
 
 class UserError(ValueError):
     """The input, the parameters or the machine are not as required; the message says what was
     wrong, which value was found, and what to do."""
+
+
+def hide_secret(secret: str) -> None:
+    """Have `redact_secrets` remove this value from texts, from now on in this process."""
+    if len(secret) >= MIN_SECRET_CHARACTERS:
+        _secrets.add(secret)
+
+
+def redact_secrets(text: str) -> str:
+    """A text without the literal values of the secrets, whatever they look like."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, _REDACTED)
+    return text
+
+
+def redact(text: str) -> str:
+    """An API's message without secrets and without anything that looks like a key of OpenAI."""
+    return _OPENAI_KEY.sub(_REDACTED, redact_secrets(text))
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -16,17 +43,23 @@ def run_main(main: Callable[[], None]) -> None:
     A `UserError` or an operating-system error (missing file, full disk) ends it with one line on
     standard error and exit code 1; Ctrl-C ends it with 130. Where a launcher has started several
     processes only the main one reports a `UserError`, which all of them have in common. Any other
-    exception is a defect of the program and keeps its traceback.
+    exception is a defect of the program and keeps its traceback, but for secrets in it.
     """
     try:
         main()
     except (UserError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
         elif isinstance(error, OSError):  # concerns this machine only
-            print(f"error in process {rank}: {error}", file=sys.stderr)
+            print(f"error in process {rank}: {redact_secrets(str(error))}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception:
+        text = traceback.format_exc()
+        if redact_secrets(text) == text:
+            raise
+        print(redact_secrets(text), file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,14 +1,17 @@
 """A mock of OpenAI's API: chat completions, Files and Batches as its documentation describes them.
 
     python tests/teachers/server.py --state DIR [--port N] [--delay SECONDS] [--idempotent]
+        [--requests-per-minute N] [--burst N]
 
 It writes the port on which it listens to DIR/port. Its state (files, batches, how often each
 request was answered) is in DIR/state.sqlite, so it can be killed and started again. With
 --idempotent it honours Idempotency-Key: a key that it has answered gets the same response again.
 The table `faults` lists, for each endpoint, what goes wrong with the next requests to it; each row
-is used once. The table `events` counts received requests and responses; from the number in
-`hold` on, requests are processed but their responses are held back. The response to a request is a
-function of its messages.
+is used once; `always` lists faults of single requests, by their digest, that are not used up. With
+--requests-per-minute chat completions are limited as OpenAI limits them, with its headers; an idle
+server accepts --burst requests at once. The table `events` counts received requests and responses;
+from the number in `hold` on, requests are processed but their responses are held back. The response
+to a request is a function of its messages.
 """
 
 import argparse
@@ -31,11 +34,19 @@ create table if not exists files (id text primary key, content blob);
 create table if not exists batches (id text primary key, facts text, polls integer, fault text);
 create table if not exists answered (digest text primary key, count integer);
 create table if not exists faults (endpoint text, fault text);
+create table if not exists always (digest text primary key, fault text);
 create table if not exists replies (idempotency_key text primary key, body text);
 create table if not exists events (event text);
+create table if not exists keys (key text);
+create table if not exists last (body text);
 create table if not exists hold (num_events integer);
 """
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+USAGES: dict[str, Any] = {
+    "no usage": None,
+    "infinite usage": {"prompt_tokens": float("inf"), "completion_tokens": float("nan")},
+    "long": {"prompt_tokens": 100, "completion_tokens": 64, "total_tokens": 164},
+}
 
 
 def digest(body: dict[str, Any]) -> str:
@@ -67,7 +78,7 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         "created": 1,
         "model": body["model"],
         "choices": [{**choice, "logprobs": None}],
-        "usage": USAGE,
+        "usage": USAGES.get(fault, USAGE),
         "service_tier": "on_demand" if fault == "foreign" else "default",
     }
 
@@ -79,11 +90,37 @@ def error_response(
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
+class RateLimit:
+    """A token bucket of requests, as OpenAI reports it in headers."""
+
+    def __init__(self, per_minute: float, burst: float) -> None:
+        self.rate, self.burst = per_minute / 60, burst
+        self.level, self.at = burst, time.monotonic()
+
+    def admit(self) -> tuple[bool, dict[str, str]]:
+        """Whether the next request is accepted, and the headers of its response."""
+        now = time.monotonic()
+        self.level = min(self.burst, self.level + self.rate * (now - self.at))
+        self.at = now
+        accepted = self.level >= 1
+        self.level -= accepted
+        headers = {
+            "x-ratelimit-limit-requests": f"{self.burst:.0f}",
+            "x-ratelimit-remaining-requests": f"{int(self.level)}",
+            "x-ratelimit-reset-requests": f"{(self.burst - self.level) / self.rate * 1000:.0f}ms",
+        }
+        if not accepted:
+            headers["retry-after-ms"] = f"{(1 - self.level) / self.rate * 1000:.0f}"
+        return accepted, headers
+
+
 class MockAPI:
     """The state and the endpoints."""
 
-    def __init__(self, state: Path, delay: float, idempotent: bool) -> None:
-        self.delay, self.idempotent = delay, idempotent
+    def __init__(
+        self, state: Path, delay: float, idempotent: bool, rate_limit: RateLimit | None = None
+    ) -> None:
+        self.delay, self.idempotent, self.rate_limit = delay, idempotent, rate_limit
         self.db = sqlite3.connect(state / "state.sqlite", timeout=60, isolation_level=None)
         self.db.execute("pragma journal_mode = wal")
         self.db.execute("pragma synchronous = off")
@@ -111,7 +148,8 @@ class MockAPI:
             request: web.Request, handler: Handler
         ) -> web.StreamResponse:
             self.db.execute("insert into events values ('received')")
-            if request.headers.get("Authorization") != f"Bearer {KEY}":
+            keys = [KEY, *(key for (key,) in self.db.execute("select key from keys"))]
+            if request.headers.get("Authorization") not in [f"Bearer {key}" for key in keys]:
                 message = "Incorrect API key provided: sk-te**key"
                 return error_response(401, message, "invalid_api_key")
             response = await handler(request)
@@ -143,6 +181,20 @@ class MockAPI:
             )
         if fault == "quota":
             return error_response(429, "You exceeded your current quota", "insufficient_quota")
+        if fault == "echo":
+            return error_response(400, f"illegal header {request.headers['Authorization']}")
+        if fault == "echo key in text":
+            reply = completion(await request.json())
+            reply["choices"][0]["message"]["content"] += request.headers["Authorization"]
+            return web.json_response(reply)
+        if fault == "no choices":
+            return web.json_response({"choices": None, "usage": USAGE})
+        if fault == "drip":  # the body never ends
+            response = web.StreamResponse(headers={"Content-Type": "application/json"})
+            await response.prepare(request)
+            while True:
+                await response.write(b" ")
+                await asyncio.sleep(0.1)
         if fault in ("500", "400"):
             return error_response(int(fault), "this went wrong")
         if fault == "reset":
@@ -166,6 +218,11 @@ class MockAPI:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        headers: dict[str, str] = {}
+        if self.rate_limit is not None:
+            accepted, headers = self.rate_limit.admit()
+            if not accepted:
+                return error_response(429, "slow down", "rate_limit_exceeded", **headers)
         if body["model"] not in self.models:
             return error_response(404, "The model does not exist", "model_not_found")
         key = request.headers.get("Idempotency-Key") if self.idempotent else None
@@ -176,18 +233,21 @@ class MockAPI:
         ).fetchone()
         if saved is not None:
             return web.Response(text=saved[0], content_type="application/json")
-        fault = self.next_fault("chat")
+        always = self.db.execute("select fault from always where digest = ?", (digest(body),))
+        fault = (always.fetchone() or [self.next_fault("chat")])[0]
         if (failure := await self.failure(fault, request)) is not None:
             return failure
         if key is not None:
             self.in_progress.add(key)
         await asyncio.sleep(self.delay)
         self.charge([body])
+        self.db.execute("delete from last")
+        self.db.execute("insert into last values (?)", (json.dumps(body),))
         reply = json.dumps(completion(body, fault))
         if key is not None:
             self.db.execute("insert into replies values (?, ?)", (key, reply))
             self.in_progress.discard(key)
-        return web.Response(text=reply, content_type="application/json")
+        return web.Response(text=reply, content_type="application/json", headers=headers)
 
     # Files
 
@@ -355,8 +415,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0, help="before each completion")
     parser.add_argument("--idempotent", action="store_true")
+    parser.add_argument("--requests-per-minute", type=float)
+    parser.add_argument("--burst", type=float, default=1.0)
     args = parser.parse_args()
-    api = MockAPI(args.state, args.delay, args.idempotent)
+    limit = args.requests_per_minute and RateLimit(args.requests_per_minute, args.burst)
+    api = MockAPI(args.state, args.delay, args.idempotent, limit)
 
     async def serve() -> None:
         runner = web.AppRunner(api.application(), access_log=None)

@@ -41,7 +41,13 @@ COMMON_KEYS = {
 }
 API_KEYS = {
     "base_url": None,
+    "api_key_env": "OPENAI_API_KEY",
+    "top_p": None,
+    "sampling_seed": None,
+    "reasoning_effort": None,
+    "extra_body": {},
     "max_retries": 4,
+    "retry_failed": False,
     "timeout_seconds": 20.0,
     "expected_output_tokens": 20,
     "characters_per_token": 4.0,
@@ -49,7 +55,7 @@ API_KEYS = {
     "prices": PRICES,
 }
 KEYS_BY_KIND: dict[str, dict[str, Any]] = {
-    "openai": {**API_KEYS, "concurrency": 4},
+    "openai": {**API_KEYS, "concurrency": 4, "max_outage_seconds": 60.0},
     "openai_batch": {
         **API_KEYS,
         "max_requests_per_batch": 10,
@@ -74,6 +80,8 @@ class ServerProcess:
     state: Path
     delay: float = 0.0
     idempotent: bool = False
+    requests_per_minute: float | None = None
+    burst: float = 1.0
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -86,6 +94,9 @@ class ServerProcess:
         command = [sys.executable, str(script), "--state", str(self.state)]
         command += ["--port", str(self.port), "--delay", str(self.delay)]
         command += ["--idempotent"] if self.idempotent else []
+        if self.requests_per_minute is not None:
+            command += ["--requests-per-minute", str(self.requests_per_minute)]
+            command += ["--burst", str(self.burst)]
         self.process = subprocess.Popen(command)
         while not port_file.exists():
             assert self.process.poll() is None, "the mock server did not start"
@@ -106,6 +117,27 @@ class ServerProcess:
         """Let the next requests to an endpoint fail, each in one of these ways."""
         with self._connect() as db:
             db.executemany("insert into faults values (?, ?)", ((endpoint, f) for f in faults))
+
+    def fail_always(self, digest: str, fault: str | None) -> None:
+        """Let every attempt at the request with this digest fail in this way; None ends that."""
+        with self._connect() as db:
+            db.execute("delete from always where digest = ?", (digest,))
+            if fault is not None:
+                db.execute("insert into always values (?, ?)", (digest, fault))
+
+    def clear_faults(self) -> None:
+        with self._connect() as db:
+            db.execute("delete from faults")
+
+    def accept_key(self, key: str) -> None:
+        """Accept this API key too."""
+        with self._connect() as db:
+            db.execute("insert into keys values (?)", (key,))
+
+    def last_body(self) -> dict[str, Any]:
+        """The last chat completion request that was answered."""
+        with self._connect() as db:
+            return json.loads(db.execute("select body from last").fetchone()[0])
 
     def num_batches(self) -> int:
         with self._connect() as db:

@@ -1,12 +1,13 @@
 """The settings of teachers: wrong values are errors that name the key."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from boltlm.errors import UserError
-from tests.teachers.stage_harness import TeacherStage
+from tests.teachers.stage_harness import PRICES, TeacherStage
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,19 @@ from tests.teachers.stage_harness import TeacherStage
         ("openai", {"characters_per_token": 0}, r"characters_per_token must be above 0"),
         ("openai", {"expected_output_tokens": 0}, r"expected_output_tokens must be 1 or more"),
         ("openai", {"prices": {}}, r"missing key teachers\.t\.prices\.input_usd"),
+        (
+            "openai",
+            {"prices": {**PRICES, "input_usd": -0.1}},
+            r"prices: input_usd must be .* 0 or mo",
+        ),
+        ("openai", {"prices": {**PRICES, "output_usd": math.nan}}, r"must be a finite number"),
+        ("openai", {"max_cost_usd": -1.0}, r"max_cost_usd must be 0 or more"),
+        ("openai", {"max_outage_seconds": 0}, r"max_outage_seconds must be above 0"),
+        ("openai", {"top_p": 0}, r"top_p must be above 0"),
+        ("openai", {"extra_body": {"n": 2, "stream": True}}, r"extra_body must not set n, stream"),
+        ("openai", {"extra_body": {"a": {1, 2}}}, r"extra_body must be JSON"),
+        ("openai", {"base_url": "localhost:8000/v1"}, r"base_url must be an address such as http"),
+        ("vllm", {"temperature": None}, r"temperature must be a number, found None"),
         ("openai_batch", {"max_requests_per_batch": 50_001}, r"must be at most 50000, found 50001"),
         ("openai_batch", {"max_bytes_per_batch": 0}, r"max_bytes_per_batch must be 1 or more"),
         ("openai_batch", {"concurrency": 4}, r"unknown key teachers\.t\.concurrency"),

@@ -2,24 +2,31 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from boltlm.errors import UserError
+from boltlm.errors import UserError, redact_secrets
 from boltlm.fingerprint import fingerprint
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Paraphrase, TeacherLatent, read_shard, write_shard
+from boltlm.teachers.charges import GIVEN_UP, Charge, adopt_in_flight, read_charges
 from boltlm.teachers.config import (
     APITeacherConfig,
     OpenAIBatchConfig,
     OpenAIChatConfig,
     VLLMTeacherConfig,
 )
-from boltlm.teachers.cost import CostBudget
+from boltlm.teachers.cost import NEGLIGIBLE_USD, CostBudget
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
-from boltlm.teachers.requests import RequestLedger, RequestStatus, TeacherClient
+from boltlm.teachers.requests import (
+    NO_ANSWER,
+    RequestFailure,
+    RequestLedger,
+    RequestStatus,
+    TeacherClient,
+)
 from boltlm.teachers.response_cache import ResponseCache
 from boltlm.teachers.tables import (
     SupportsEncode,
@@ -63,8 +70,8 @@ class TeacherJob:
         the limit on cost or on failures is exceeded, and for errors of the server.
         """
         with self._lock(cache):
-            rejected = self._send_requests(cache)
-        return self._write_tables(cache, rejected, encoder, max_latent_tokens, out)
+            ledger = self._send_requests(cache)
+        return self._write_tables(cache, ledger, encoder, max_latent_tokens, out)
 
     def _shard_requests(self, path: Path) -> Iterator[TeacherRequest]:
         documents = read_shard(self.split / path.name, Document)
@@ -82,9 +89,8 @@ class TeacherJob:
             print(f"{self.teacher}: waiting for another run that uses this teacher", flush=True)
             return lock.acquire()
 
-    def _send_requests(self, cache: ResponseCache) -> dict[str, str]:
-        """Send requests until none is open. Returns the server's messages for rejected requests,
-        by key. Raises what stopped the run."""
+    def _send_requests(self, cache: ResponseCache) -> RequestLedger:
+        """Send requests until none is open. Returns the ledger. Raises what stopped the run."""
         limit = self.config.max_cost_usd if isinstance(self.config, APITeacherConfig) else 0.0
         with Progress(what=self.teacher, total=None, unit="responses") as progress:
             ledger = RequestLedger(
@@ -92,7 +98,7 @@ class TeacherJob:
             )
             num_open = self._estimate(ledger)
             if num_open == 0:
-                return {}
+                return ledger
             progress.set_total(num_open)
             client = self._client()
             # Repeated, because a request with an unusable response is open again.
@@ -102,7 +108,24 @@ class TeacherJob:
         if ledger.stop_error is not None:
             _log(cache, str(ledger.stop_error) or f"{self.teacher}: interrupted")
             raise ledger.stop_error
-        return ledger.rejected
+        return ledger
+
+    def _read_charges(self, ledger: RequestLedger) -> dict[str, list[Charge]]:
+        """The charges of earlier runs by key. Enters those that belong to no single request into
+        the ledger."""
+        teacher = fingerprint(self.config.sampling_facts)
+        adopt_in_flight(ledger.cache, teacher)
+        charges = read_charges(ledger.cache)
+        self._enter_charges(ledger, charges.get(teacher, ()))
+        return charges
+
+    def _enter_charges(self, ledger: RequestLedger, charges: Iterable[Charge]) -> None:
+        """Enter into the ledger what charges cost, and which requests were given up."""
+        for charge in charges:
+            ledger.budget.charge(charge.usd, estimated=charge.estimated)
+            retry = isinstance(self.config, APITeacherConfig) and self.config.retry_failed
+            if charge.reason == GIVEN_UP and not retry:
+                ledger.failed[charge.key] = RequestFailure(NO_ANSWER, charge.message)
 
     def _client(self) -> TeacherClient:
         # The libraries of other kinds are not imported: they are large or may not be installed.
@@ -125,10 +148,12 @@ class TeacherJob:
         number. Enters what the cache holds into the ledger. Raises UserError where the expected
         cost exceeds the limit."""
         num_final, num_open, input_tokens, output_tokens = 0, 0, 0.0, 0.0
+        charges = self._read_charges(ledger)
         ledger.cache.reset_occurrences()
         for request in self._all_requests():
             if not ledger.cache.is_first_occurrence(request.key):
                 continue
+            self._enter_charges(ledger, charges.get(request.key, ()))
             status = ledger.status(request.key)
             ledger.budget.spent += sum(response.cost_usd for response in status.responses)
             ledger.usable += status.response is not None
@@ -144,14 +169,28 @@ class TeacherJob:
             f"{self.teacher}: {num_open:,} requests to {self.config.model},"
             f" {num_final:,} others are in the response cache"
         )
+        self._check_estimate(ledger, text, num_open, input_tokens, output_tokens)
+        return num_open
+
+    def _check_estimate(
+        self,
+        ledger: RequestLedger,
+        text: str,
+        num_open: int,
+        input_tokens: float,
+        output_tokens: float,
+    ) -> None:
+        """Print `text` and what the open requests are expected to cost. Raises UserError where that
+        exceeds the limit."""
         if isinstance(self.config, APITeacherConfig) and num_open:
             prices, budget = self.config.prices, ledger.budget
             batch = self.config.kind == "openai_batch"
             cost_usd = prices.cost(input_tokens, output_tokens, batch=batch)
+            budget.expected = budget.spent + cost_usd
             text += (
                 f"; expected: {input_tokens:,.0f} input tokens, {output_tokens:,.0f} output tokens,"
                 f" ${cost_usd:.4f} at the prices of {prices.as_of}; spent so far:"
-                f" ${budget.spent:.4f}, limit: ${budget.limit:.4f}"
+                f" ${budget.spent:.4f}{budget.describe_estimated()}, limit: ${budget.limit:.4f}"
             )
             if budget.spent + cost_usd > budget.limit:
                 _log(ledger.cache, f"{text}; refused")
@@ -161,23 +200,28 @@ class TeacherJob:
                 )
         print(text, flush=True)
         _log(ledger.cache, text)
-        return num_open
 
     def _write_tables(
         self,
         cache: ResponseCache,
-        rejected: dict[str, str],
+        sent: RequestLedger,
         encoder: SupportsEncode,
         max_latent_tokens: int,
         out: Path,
     ) -> dict[str, int | float]:
-        """Write one shard for each shard of chunks. Returns the metrics. Raises UserError where
-        too many requests have no usable response."""
+        """Write one shard for each shard of chunks. `sent`: the ledger of the requests that were
+        sent. Returns the metrics. Raises UserError where too many requests have no usable
+        response."""
         counts: Counter[str] = Counter()
         cost_usd = 0.0
         with Progress(what=f"{self.teacher} tables", total=None, unit="requests") as progress:
             ledger = RequestLedger(
-                self.teacher, cache, self.config.max_attempts, CostBudget(0.0), progress, rejected
+                self.teacher,
+                cache,
+                self.config.max_attempts,
+                CostBudget(0.0),
+                progress,
+                sent.failed,
             )
             cache.reset_occurrences()
             for path in self.chunk_paths:
@@ -198,8 +242,11 @@ class TeacherJob:
                     write_shard(out / path.name, TeacherLatent, latents)
                 else:
                     write_shard(out / path.name, Paraphrase, paraphrases)
-        self._check_failed_fraction(counts, rejected)
+        self._check_failed_fraction(counts, sent.failed)
         text = f"{self.teacher}: complete, ${cost_usd:.4f} for {counts['answers']:,} responses"
+        if (others_usd := sent.budget.spent - cost_usd) > NEGLIGIBLE_USD:
+            text += f", ${others_usd:.4f} for answers that were lost or malformed"
+        text += sent.budget.describe_estimated()
         print(text, flush=True)
         _log(cache, text)
         return {**counts, "cost_usd": cost_usd}
@@ -213,17 +260,21 @@ class TeacherJob:
             )
         return status
 
-    def _check_failed_fraction(self, counts: Counter[str], rejected: dict[str, str]) -> None:
+    def _check_failed_fraction(
+        self, counts: Counter[str], failures: Mapping[str, RequestFailure]
+    ) -> None:
         total = counts["chunks"] + counts["paraphrases"]
         failed = sum(dropped_by_reason(counts).values())
         if failed > self.config.max_failed_fraction * total:
-            example = f" (one of them: {next(iter(rejected.values()))})" if rejected else ""
+            examples = [failure.message for failure in failures.values()]
+            example = f" (one of them: {examples[0]})" if examples else ""
+            advice = "" if counts[f"dropped_{NO_ANSWER}"] == 0 else ", set retry_failed: true"
             raise UserError(
                 f"{self.teacher}: {failed} of {total} have no usable response:"
                 f" {describe_reasons(counts)}{example}; more than max_failed_fraction"
                 f" {self.config.max_failed_fraction} allows. All responses are saved in the"
-                " response cache: raise max_failed_fraction or max_attempts, or remove the cause,"
-                " and run the stage again"
+                f" response cache: raise max_failed_fraction or max_attempts{advice}, or remove the"
+                " cause, and run the stage again"
             )
 
 
@@ -236,4 +287,4 @@ def _count_responses(status: RequestStatus, counts: Counter[str]) -> None:
 def _log(cache: ResponseCache, text: str) -> None:
     """Append a line with the time to the log beside the response cache."""
     with cache.path.with_suffix(".log").open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}\n")
+        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact_secrets(text)}\n")

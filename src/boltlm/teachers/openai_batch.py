@@ -18,14 +18,11 @@ from openai.types import Batch as RemoteBatch
 
 from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
+from boltlm.teachers.api_errors import to_user_error
+from boltlm.teachers.api_key import read_api_key
+from boltlm.teachers.completions import MalformedResponseError, parse_completion
 from boltlm.teachers.config import OpenAIBatchConfig
 from boltlm.teachers.openai_batch_files import make_custom_id, parse_custom_id, read_batch_lines
-from boltlm.teachers.openai_chat import (
-    MalformedResponseError,
-    parse_completion,
-    read_api_key,
-    to_user_error,
-)
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 from boltlm.teachers.response_cache import PendingBatch, TeacherResponse
 
@@ -59,7 +56,7 @@ class OpenAIBatchClient:
         try:
             with openai.OpenAI(
                 api_key=self.api_key,
-                base_url=self.config.base_url,
+                base_url=self.config.url,
                 max_retries=self.config.max_retries,
                 timeout=self.config.timeout_seconds,
             ) as self.client:
@@ -121,10 +118,11 @@ class OpenAIBatchClient:
                 line = self._input_line(pending)
                 if batch_requests and file.tell() + len(line) > self.config.max_bytes_per_batch:
                     break
-                request_usd = self.config.expected_usd(pending.request)
+                request_usd = self.config.max_usd(pending.request)
                 if not ledger.budget.reserve(request_usd):
-                    ledger.stop(ledger.budget.exceeded_error(ledger.teacher))
-                    break
+                    if not ledger.budget.fits_alone(request_usd):
+                        ledger.stop(ledger.budget.exceeded_error(ledger.teacher))
+                    break  # or wait until other batches have ended
                 expected_usd += request_usd
                 file.write(line)
                 batch_requests.append(queue.pop())
@@ -140,7 +138,7 @@ class OpenAIBatchClient:
             "custom_id": make_custom_id(pending.request.key, pending.attempt),
             "method": "POST",
             "url": ENDPOINT,
-            "body": self.config.request_body(pending.request),
+            "body": self.config.request_body(pending.request, pending.attempt),
         }
         return json.dumps(request, ensure_ascii=False).encode() + b"\n"
 

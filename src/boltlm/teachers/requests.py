@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from boltlm.errors import UserError
+from boltlm.errors import UserError, redact
 from boltlm.progress import Progress
 from boltlm.teachers.cost import CostBudget
 from boltlm.teachers.prompts import TeacherRequest
@@ -18,6 +18,7 @@ from boltlm.tokens import SPECIAL_TOKENS
 EMPTY, REFUSED, TRUNCATED, SPECIAL_TOKEN = "empty", "refused", "truncated", "special_token"
 INCOMPLETE = "incomplete"  # it ended neither by the model itself nor at the token limit
 REJECTED = "rejected"  # the server did not accept the request; it costs nothing
+NO_ANSWER = "no_answer"  # the server answered other requests, but not this one, however often sent
 
 _APOLOGY = re.compile(
     r"(I'm|I am|I’m) (very )?sorry\b|(Sorry|I apologi[sz]e),|I (can't|can’t|cannot) "
@@ -54,6 +55,14 @@ class PendingRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """Why there will be no response to a request: REJECTED or NO_ANSWER, and the message."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestStatus:
     """The status of a request. Exactly one of the first three fields is not None: the usable
     response, the reason why there will be none, or the number of the next attempt. `responses`
@@ -69,10 +78,11 @@ class RequestStatus:
 class RequestLedger:
     """The state of one teacher's requests: the response cache, and what happened in this run.
 
-    `teacher`: the teacher's key in params, for messages. `rejected`: the server's message for each
-    rejected request, by key. `in_flight`: keys of the requests that were handed out and have not
-    returned. `usable`, `unusable`: the numbers of responses so far, the latter by reason.
-    `stop_error`: why no further request is sent; responses to requests in flight are still saved.
+    `teacher`: the teacher's key in params, for messages. `failed`: the requests that will have no
+    response, by key. `in_flight`: keys of the requests that were handed out and have not returned.
+    `usable`, `unusable`: the numbers of responses so far, the latter by reason and with requests
+    that failed in this run. `stop_error`: why no further request is sent; responses to requests in
+    flight are still saved. `activity`: what the client is doing, for the progress display.
     """
 
     teacher: str
@@ -80,11 +90,12 @@ class RequestLedger:
     max_attempts: int
     budget: CostBudget
     progress: Progress
-    rejected: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, RequestFailure] = field(default_factory=dict)
     in_flight: set[str] = field(default_factory=set)
     usable: int = 0
     unusable: Counter[str] = field(default_factory=Counter)
     stop_error: BaseException | None = None
+    activity: str = ""
 
     def status(self, key: str) -> RequestStatus:
         """The status of the request with this key."""
@@ -92,8 +103,8 @@ class RequestLedger:
         for response in responses:
             if unusable_reason(response) is None:
                 return RequestStatus(response, None, None, responses)
-        if key in self.rejected:
-            return RequestStatus(None, REJECTED, None, responses)
+        if (failure := self.failed.get(key)) is not None:
+            return RequestStatus(None, failure.reason, None, responses)
         if len(responses) >= self.max_attempts:
             return RequestStatus(None, unusable_reason(responses[-1]), None, responses)
         return RequestStatus(None, None, len(responses), responses)
@@ -118,33 +129,50 @@ class RequestLedger:
         if reason is not None:
             self.unusable[reason] += 1
         self._check_failures()
-        self.progress.note(f"${self.budget.spent:.4f}")
+        self.show()
         self.progress.advance(1)
 
     def reject(self, key: str, message: str) -> None:
         """Record that the server did not accept a request, and its message."""
+        self._fail(key, RequestFailure(REJECTED, redact(message)))
+
+    def give_up(self, key: str, message: str) -> None:
+        """Record that the server never answered a request, and what it did instead."""
+        self._fail(key, RequestFailure(NO_ANSWER, redact(message)))
+
+    def _fail(self, key: str, failure: RequestFailure) -> None:
         self.in_flight.discard(key)
-        self.rejected[key] = message
-        self._check_failures()
+        self.failed[key] = failure
+        self.unusable[failure.reason] += 1
+        self._check_failures(failure)
+        self.show()
         self.progress.advance(1)
+
+    def show(self) -> None:
+        """Bring the progress display up to date: failures by reason, and the cost if it matters."""
+        failures = self._describe_failures()
+        cost = self.budget.describe() if self.budget.limit else ""
+        failed = f"failed: {failures}" if failures else ""
+        self.progress.note("; ".join(filter(None, (self.activity, failed, cost))))
 
     def stop(self, error: BaseException) -> None:
         """Send no further request. The first error is the one that will be reported."""
         if self.stop_error is None:
             self.stop_error = error
 
-    def _check_failures(self) -> None:
-        failures = self.unusable.total() + len(self.rejected)
+    def _describe_failures(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.unusable.items())
+
+    def _check_failures(self, failure: RequestFailure | None = None) -> None:
+        failures = self.unusable.total()
         if failures < _MIN_FAILURES_TO_STOP or failures <= self.usable:
             return
-        reasons = [f"{count} {reason}" for reason, count in self.unusable.items()]
-        if self.rejected:
-            example = next(iter(self.rejected.values()))
-            reasons.append(f"{len(self.rejected)} {REJECTED}, one of them with: {example}")
+        example = f"; one of them: {failure.message}" if failure else ""
         self.stop(
             UserError(
                 f"{self.teacher}: stopped because {failures} of the first"
-                f" {failures + self.usable} responses cannot be used ({'; '.join(reasons)});"
+                f" {failures + self.usable} responses cannot be used"
+                f" ({self._describe_failures()}{example});"
                 " check max_output_tokens, the model and the prompt"
             )
         )

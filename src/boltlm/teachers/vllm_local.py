@@ -118,6 +118,7 @@ class VLLMClient:
         from vllm import SamplingParams
 
         config = self.config
+        assert config.temperature is not None, "VLLMTeacherConfig checks it"
         sampling_params = [
             SamplingParams(
                 temperature=config.temperature,
