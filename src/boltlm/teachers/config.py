@@ -15,6 +15,7 @@ from boltlm.fingerprint import hash_path
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key, require_positive
 from boltlm.teachers.cost import Prices
 from boltlm.teachers.prompts import TeacherRequest, TeacherTask
+from boltlm.teachers.response_checks import ResponseChecksConfig
 
 # The limits that the API's documentation gives for one batch.
 MAX_BATCH_REQUESTS, MAX_BATCH_BYTES = 50_000, 200_000_000
@@ -40,6 +41,7 @@ class TeacherConfig:
     temperature, max_output_tokens: of the sampling; a response that reaches the limit is unusable.
     max_attempts: how often a request is sent while its responses are unusable.
     max_failed_fraction: fraction of the requests that may remain without a usable response.
+    checks: further conditions for a usable response.
     """
 
     kind: Literal["openai", "openai_batch", "vllm"]
@@ -52,6 +54,7 @@ class TeacherConfig:
     max_output_tokens: PositiveInt
     max_attempts: PositiveInt
     max_failed_fraction: float
+    checks: ResponseChecksConfig
 
     def __post_init__(self) -> None:
         if self.task != "latent" and self.paraphrases < 1:
@@ -193,7 +196,7 @@ class TeacherSettings:
     """Settings of the stage `teacher` for the entry `name`.
 
     context_chunks: chunks before a chunk that the prompt of the task `latent` shows as context.
-    max_latent_tokens: maximum length of a latent in tokens; longer ones are dropped.
+    max_latent_tokens: maximum length of a latent in tokens; a longer one is unusable.
     """
 
     name: str

@@ -22,6 +22,7 @@ from boltlm.shard_store import repository_path
 from boltlm.teachers.config import APITeacherConfig, OpenAIChatConfig
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 from boltlm.teachers.response_cache import ResponseCache, TeacherResponse
+from boltlm.teachers.response_checks import read_message
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
@@ -73,7 +74,7 @@ def parse_completion(
         body = completion if isinstance(completion, dict) else completion.model_dump()
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
-        text, refusal = message.get("content") or "", message.get("refusal")
+        text, refusal = read_message(message)
         input_tokens = int(usage.get("prompt_tokens") or round(expected_input_tokens))
         output_tokens = int(usage.get("completion_tokens") or config.expected_output_tokens)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -81,7 +82,7 @@ def parse_completion(
     return TeacherResponse(
         key=key,
         attempt=attempt,
-        text=_valid_unicode(str(text)),
+        text=_valid_unicode(text),
         finish="refused" if refusal else _valid_unicode(str(choice.get("finish_reason") or "stop")),
         input_tokens=input_tokens,
         output_tokens=output_tokens,
@@ -192,7 +193,7 @@ class OpenAIChatClient:
                 break
             finally:
                 ledger.budget.settle(expected_usd, cost_usd)
-            ledger.record(response)
+            ledger.record(response, pending.request)
         return count
 
     async def _send(self, client: openai.AsyncOpenAI, pending: PendingRequest) -> TeacherResponse:

@@ -11,10 +11,11 @@ from boltlm.errors import UserError
 from boltlm.progress import track_progress
 from boltlm.records import Chunk, Document, TeacherLatent, read_shard, shard_paths, write_shard
 from boltlm.teachers.config import DatasetTeacherConfig, TeacherSettings
-from boltlm.teachers.job import TeacherJob
+from boltlm.teachers.job import ModelTeacher, TeacherJob
 from boltlm.teachers.prompts import RequestBuilder
 from boltlm.teachers.response_cache import ResponseCache
-from boltlm.teachers.tables import SupportsEncode, count_rows, describe_reasons, teacher_latent_row
+from boltlm.teachers.response_checks import ResponseChecks, SupportsEncode
+from boltlm.teachers.tables import count_rows, describe_reasons, teacher_latent_row
 
 
 def run_teacher(
@@ -34,9 +35,25 @@ def run_teacher(
     response cache, `prompts`: the folder of the templates; `kind: dataset` uses neither. Raises
     UserError when there is no latent at all, or when too many requests have no usable response.
     """
-    teacher, key = settings.teacher, f"teachers.{settings.name}"
+    teacher = settings.teacher
     if isinstance(teacher, DatasetTeacherConfig):
         return _write_reference_latents(settings, encoder, split=split, chunks=chunks, out=out)
+    job = make_job(settings, teacher, encoder, split=split, chunks=chunks, prompts=prompts)
+    with closing(ResponseCache(cache)) as response_cache:
+        return job.run(response_cache, encoder, out)
+
+
+def make_job(
+    settings: TeacherSettings,
+    teacher: ModelTeacher,
+    encoder: SupportsEncode | None,
+    *,
+    split: Path,
+    chunks: Path,
+    prompts: Path,
+) -> TeacherJob:
+    """The work of `teacher`, with the other settings as in `settings`; paths as in
+    `run_teacher`."""
     builder = RequestBuilder(
         task=teacher.task,
         templates=prompts,
@@ -45,9 +62,19 @@ def run_teacher(
         paraphrases=teacher.paraphrases,
         seed=teacher.seed,
     )
-    job = TeacherJob(key, teacher, builder, split=split, chunk_paths=shard_paths(chunks))
-    with closing(ResponseCache(cache)) as response_cache:
-        return job.run(response_cache, encoder, settings.max_latent_tokens, out)
+    checks = ResponseChecks(
+        encoder=encoder,
+        max_latent_tokens=settings.max_latent_tokens if teacher.task == "latent" else None,
+        config=teacher.checks,
+    )
+    return TeacherJob(
+        f"teachers.{settings.name}",
+        teacher,
+        builder,
+        checks,
+        split=split,
+        chunk_paths=shard_paths(chunks),
+    )
 
 
 def _write_reference_latents(
