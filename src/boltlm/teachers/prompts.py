@@ -173,7 +173,7 @@ class RequestBuilder:
             if not (question.strip() and answer.strip()):
                 raise UserError(
                     f"document '{document.doc_id}' must consist of a question and its answer"
-                    " (task solve), but it has a single sentence; use a corpus of questions"
+                    " (task solve); use a corpus of questions"
                 )
             fields |= {"question": question.strip(), "answer": answer.strip()}
         return fields
