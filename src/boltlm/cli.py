@@ -1,4 +1,4 @@
-"""The command `boltlm`: analyses of a finished experiment.
+"""The command `boltlm`: a preview of a teacher, analyses of a finished experiment.
 
 Each sub-command is a function of the parsed arguments. It imports what it needs when it runs, so
 that `boltlm --help` is quick.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boltlm.errors import UserError, run_main
-from boltlm.params import PositiveInt, load_settings
+from boltlm.params import PositiveInt, from_key, load_settings
 
 COMPARE_EXAMPLE = """\
 example:
@@ -38,6 +38,21 @@ example:
 Draws latents for the first chunks of a corpus, as the section `sampling` says, recomputes their log
 q and log w in float64, and prints the differences as one JSON object."""
 
+TEACHER_EXAMPLE = """\
+examples:
+  boltlm teacher preview warmstart                          # what the model will be asked
+  boltlm teacher preview warmstart --requests 1 --send 20   # what it answers, and what that costs
+
+Needs the documents and chunks of the stage `split`, and for --send an API key or a local model.
+Responses are saved in the response cache, so the stage `teacher` does not pay for them again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherPromptsSettings:
+    """The folder of the prompts of teachers."""
+
+    prompts: str = from_key("prompts.teacher")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KSamplesSettings:
@@ -52,8 +67,11 @@ def main() -> None:
 
 
 def _run_command() -> None:
-    parser = argparse.ArgumentParser(prog="boltlm", description="Analyse a finished experiment.")
+    parser = argparse.ArgumentParser(
+        prog="boltlm", description="Preview a teacher; analyse a finished experiment."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_teacher(commands)
     _add_compare(commands)
     _add_seeds(commands)
     _add_verify_weights(commands)
@@ -78,6 +96,47 @@ def _add(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_teacher(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "preview what a teacher is asked, what it answers and what that costs"
+    teacher = commands.add_parser("teacher", help=summary)
+    actions = teacher.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser = _add(actions, "preview", summary, TEACHER_EXAMPLE, _preview_teacher)
+    parser.add_argument("name", help="an entry of `teachers` in params.yaml")
+    parser.add_argument("--requests", type=_count, default=3, metavar="N", help="prompts to print")
+    parser.add_argument("--send", type=_count, default=0, metavar="M", help="requests to send")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--base", type=Path, default=Path("models/base"), help="for its tokenizer")
+    parser.add_argument("--split", type=Path, default=Path("data/split"))
+    parser.add_argument("--chunks", type=Path, default=Path("data/chunks"))
+    cache = Path("response_cache/responses.sqlite")
+    parser.add_argument("--cache", type=Path, default=cache, help="the response cache")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text!r}")
+    return int(text)
+
+
+def _preview_teacher(args: argparse.Namespace) -> None:
+    from boltlm.shard_store import repository_path
+    from boltlm.teachers.config import TeacherSettings
+    from boltlm.teachers.preview import PreviewPaths, preview
+    from boltlm.tokens import TextCoder
+
+    settings = load_settings(TeacherSettings, args.params, name=args.name)
+    paths = PreviewPaths(
+        split=args.split / settings.teacher.corpus,
+        chunks=args.chunks / settings.teacher.corpus,
+        cache=repository_path(args.cache),
+        prompts=Path(load_settings(TeacherPromptsSettings, args.params).prompts),
+    )
+    coder = TextCoder(args.base) if args.base.exists() else None
+    texts = preview(settings, coder, paths, num_requests=args.requests, num_sent=args.send)
+    for text in texts:
+        print(text, flush=True)
 
 
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -67,6 +67,10 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         "separator": f"{text} One\u2028two\x85three.",
         "special": f"{text} <|latent|>",
     }
+    if fault == "copy":
+        message["content"] = body["messages"][-1]["content"]
+    if fault == "parts":
+        message["content"] = [{"type": "text", "text": part} for part in (text[:9], text[9:])]
     if fault == "refused":
         message |= {"content": None, "refusal": "I will not."}
     elif fault in contents:

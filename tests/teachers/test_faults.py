@@ -29,7 +29,7 @@ NUM_KILLS = 20
 
 
 @pytest.mark.parametrize(
-    "fault", ["429", "500", "reset", "timeout", "malformed", "foreign", *UNUSABLE]
+    "fault", ["429", "500", "reset", "timeout", "malformed", "foreign", "parts", *UNUSABLE]
 )
 def test_faults_of_completions_leave_no_trace(
     fault: str, make_stage: MakeStage, make_server: MakeServer

@@ -397,7 +397,7 @@ def test_ctrl_c_during_a_pause_ends_the_run_soon(
 
 def test_the_most_tokens_of_a_request_are_bytes_and_marks() -> None:
     """Three bytes a character for Chinese, where four characters a token would be far too few."""
-    request = TeacherRequest("k", "d", 0, "", ({"role": "user", "content": "思想" * 100},))
+    request = TeacherRequest("k", "d", 0, "", "", ({"role": "user", "content": "思想" * 100},))
     tokens, output_tokens = OpenAIChatConfig.max_tokens(_config(), request)
     assert 600 <= tokens <= 650
     assert output_tokens == 64

@@ -25,8 +25,9 @@ def stage(make_stage: Callable[..., TeacherStage]) -> TeacherStage:
 def test_every_document_gets_its_thoughts(
     kind: str, count: int, stage: TeacherStage, server: ServerProcess
 ) -> None:
-    """There are `paraphrases` requests for each document, in order, with its complete text in the
-    prompt. Each row holds the response to its own request, and a second run sends nothing."""
+    """There are `paraphrases` requests for each document, in order, with its question and its
+    answer in the prompt. Each row holds the response to its own request, and a second run sends
+    nothing."""
     stage.configure(kind, server, task="solve", paraphrases=count)
     counts = stage.run_in_process()
     documents = list(read_table(stage.paths["split"], Document))
@@ -40,7 +41,9 @@ def test_every_document_gets_its_thoughts(
         system, user = request.messages
         assert (system["role"], user["role"]) == ("system", "user")
         assert system["content"] == prompt.system.template
-        assert f"<<<\n{document.text}\n>>>" in user["content"]
+        question, cue, end = document.text.rpartition(" It stops")
+        assert f"<<<\n{question}\n>>>" in user["content"]
+        assert f"<<<\n{(cue + end).strip()}\n>>>" in user["content"]
         assert row.reason is None
         assert row.text is not None
         assert digests[request.key][:12] in row.text
@@ -128,8 +131,8 @@ def test_documents_that_cannot_become_examples_are_errors(base_coder: TextCoder)
 def test_the_prompt_keeps_the_answer_out_of_the_thoughts(stage: TeacherStage) -> None:
     """A thought that repeats the closing sentence would double it, and the prompt of another task
     would retell the question."""
-    system, _ = PromptTemplate.read(tiny.TEMPLATES, "solve").messages(document="x")
-    assert "without repeating its closing sentence" in system["content"]
+    system, _ = PromptTemplate.read(tiny.TEMPLATES, "solve").messages(question="x", answer="y")
+    assert "do not repeat the sentence in which the answer is stated" in system["content"]
     keys: dict[str, set[str]] = {}
     for task in ("solve", "wrap_cot", "wrap_orig"):
         requests = stage.configure("openai", None, task=task, paraphrases=1).requests()

@@ -119,6 +119,48 @@ def test_a_run_with_mostly_unusable_responses_stops_early(
     assert sum(server.answered().values()) <= 24
 
 
+def test_latents_that_are_too_long_stop_the_run_early(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Their length is known when they arrive; the message names the parameter."""
+    stage = make_stage(documents=100).configure("openai", server)
+    stage.params["max_latent_tokens"] = 5
+    with pytest.raises(UserError, match=r"2\d too_long\); raise max_latent_tokens \(now 5\)"):
+        stage.run_in_process()
+    assert sum(server.answered().values()) <= 24
+
+
+def test_a_latent_that_is_too_long_is_asked_for_again(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Up to max_attempts times, as any unusable response; then it is a row with this reason. With
+    a higher limit the saved responses are used."""
+    stage = make_stage(documents=2).configure("openai", server, max_failed_fraction=1.0)
+    stage.params["max_latent_tokens"] = 5
+    counts = stage.run_in_process()
+    assert set(server.answered().values()) == {3}
+    assert counts["dropped_too_long"] == counts["chunks"]
+    assert "latents" not in counts
+    stage.params["max_latent_tokens"] = 100
+    assert stage.run_in_process()["latents"] == counts["chunks"]
+    assert set(server.answered().values()) == {3}
+
+
+def test_copies_stop_the_run_where_params_ask_for_the_check(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """The model sends the prompt back, with the document in it. Without the check it is used."""
+    server.fail("chat", *["copy"] * 200)
+    stage = make_stage(documents=100).configure("openai", server, task="wrap_cot", paraphrases=1)
+    checks = {"max_copied_fraction": 0.1, "min_tokens": 0}
+    stage.params["teachers"]["t"]["checks"] = checks
+    with pytest.raises(UserError, match=r"2\d copied\); raise checks\.max_copied_fraction"):
+        stage.run_in_process()
+    assert sum(server.answered().values()) <= 24
+    checks["max_copied_fraction"] = None
+    assert "dropped_copied" not in stage.run_in_process()
+
+
 def test_requests_that_the_server_rejects_are_failures_without_cost(
     make_stage: MakeStage, server: ServerProcess
 ) -> None:

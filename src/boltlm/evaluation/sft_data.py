@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from boltlm.corpus.chunks import split_sentences
+from boltlm.corpus.answers import split_answer
 from boltlm.corpus.reference_latents import document_thought
 from boltlm.errors import UserError
 from boltlm.evaluation import fewshot
@@ -108,12 +108,9 @@ def fits_window(coder: TextCoder, example: SFTExample) -> bool:
 def _split_document(document: Document, form: PromptForm) -> tuple[str, str]:
     """A document's question and its answer: from the task's answer cue on or, for a task without
     one, the last sentence."""
+    question, answer = split_answer(document.text, form.answer_cue)
     if form.answer_cue:
-        question, cue, answer = document.text.rpartition(form.answer_cue)
-        question, answer = question.strip(), f" {cue}{answer.rstrip()}" if cue else ""
-    else:
-        *sentences, answer = split_sentences(document.text)
-        question = "".join(sentences)
+        question, answer = question.strip(), f" {answer.rstrip()}" if answer else ""
     if not (question and answer):
         ending = (
             f"an answer that begins with '{form.answer_cue}'"

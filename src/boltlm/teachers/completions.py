@@ -5,6 +5,7 @@ from typing import Any
 from boltlm.errors import redact_secrets
 from boltlm.teachers.config import APITeacherConfig
 from boltlm.teachers.response_cache import TeacherResponse
+from boltlm.teachers.response_checks import read_message
 
 _MAX_TOKENS = 10**9  # more is no number of tokens
 
@@ -32,8 +33,7 @@ def parse_completion(
     try:
         body = completion if isinstance(completion, dict) else completion.model_dump()
         choice = body["choices"][0]
-        message = choice["message"]
-        text, refusal = message.get("content") or "", message.get("refusal")
+        text, refusal = read_message(choice["message"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise MalformedResponseError from error
     usage = reported_tokens(body)
@@ -41,7 +41,7 @@ def parse_completion(
     return TeacherResponse(
         key=key,
         attempt=attempt,
-        text=_valid_unicode(str(text)),
+        text=_valid_unicode(text),
         finish="refused" if refusal else _valid_unicode(str(choice.get("finish_reason") or "stop")),
         input_tokens=input_tokens,
         output_tokens=output_tokens,

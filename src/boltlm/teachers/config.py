@@ -17,6 +17,7 @@ from boltlm.fingerprint import fingerprint, hash_path
 from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key, require_positive
 from boltlm.teachers.cost import Prices
 from boltlm.teachers.prompts import TeacherRequest, TeacherTask
+from boltlm.teachers.response_checks import ResponseChecksConfig
 from boltlm.teachers.server_address import OPENAI_URL, check_base_url
 
 # The limits that the API's documentation gives for one batch.
@@ -80,6 +81,7 @@ class TeacherConfig:
       Where temperature is None the API's own default applies.
     max_attempts: how often a request is sent while its responses are unusable.
     max_failed_fraction: fraction of the requests that may remain without a usable response.
+    checks: further conditions for a usable response.
     """
 
     kind: Literal["openai", "openai_batch", "vllm"]
@@ -92,6 +94,7 @@ class TeacherConfig:
     max_output_tokens: PositiveInt
     max_attempts: PositiveInt
     max_failed_fraction: float
+    checks: ResponseChecksConfig
 
     def __post_init__(self) -> None:
         if self.task != "latent" and self.paraphrases < 1:
@@ -308,7 +311,7 @@ class TeacherSettings:
     """Settings of the stage `teacher` for the entry `name`.
 
     context_chunks: chunks before a chunk that the prompt of the task `latent` shows as context.
-    max_latent_tokens: maximum length of a latent in tokens; longer ones are dropped.
+    max_latent_tokens: maximum length of a latent in tokens; a longer one is unusable.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -21,15 +21,14 @@ from boltlm.teachers.config import (
 from boltlm.teachers.cost import NEGLIGIBLE_USD, CostBudget
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
 from boltlm.teachers.requests import (
-    NO_ANSWER,
     RequestFailure,
     RequestLedger,
     RequestStatus,
     TeacherClient,
 )
 from boltlm.teachers.response_cache import ResponseCache
+from boltlm.teachers.response_checks import NO_ANSWER, ResponseChecks, SupportsEncode
 from boltlm.teachers.tables import (
-    SupportsEncode,
     count_rows,
     describe_reasons,
     dropped_by_reason,
@@ -44,7 +43,7 @@ class TeacherJob:
     """The requests of one teacher for one corpus.
 
     `teacher`: the teacher's key in params, for messages. `split`: the folder of the corpus's
-    documents. `chunk_paths`: the shards of its chunks.
+    documents. `chunk_paths`: the shards of its chunks. `checks`: which responses are usable.
     """
 
     def __init__(
@@ -52,18 +51,20 @@ class TeacherJob:
         teacher: str,
         config: ModelTeacher,
         builder: RequestBuilder,
+        checks: ResponseChecks,
         *,
         split: Path,
         chunk_paths: list[Path],
     ) -> None:
         self.teacher, self.config, self.builder = teacher, config, builder
+        self.checks = checks
         self.split, self.chunk_paths = split, chunk_paths
 
     def run(
-        self, cache: ResponseCache, encoder: SupportsEncode, max_latent_tokens: int, out: Path
+        self, cache: ResponseCache, encoder: SupportsEncode, out: Path
     ) -> dict[str, int | float]:
         """Send the requests that have no usable response in the cache, then write the tables to
-        `out` from it. Returns the stage's metrics.
+        `out` from it, with token ids by `encoder`. Returns the stage's metrics.
 
         Runs that use the same model with the same settings wait for each other, so that none of
         them sends a request whose response another one is about to save. Raises UserError where
@@ -71,15 +72,25 @@ class TeacherJob:
         """
         with self._lock(cache):
             ledger = self._send_requests(cache)
-        return self._write_tables(cache, ledger, encoder, max_latent_tokens, out)
+        return self._write_tables(cache, ledger, encoder, out)
 
-    def _shard_requests(self, path: Path) -> Iterator[TeacherRequest]:
+    def send_sample(
+        self, cache: ResponseCache, sample: Sequence[TeacherRequest]
+    ) -> Mapping[str, RequestFailure]:
+        """Send those of the requests in `sample` that have no usable response in the cache.
+        Returns the requests that have failed, by key. Raises UserError as `run` does; the limit on
+        cost is that of the whole corpus."""
+        with self._lock(cache):
+            return self._send_requests(cache, sample).failed
+
+    def shard_requests(self, path: Path) -> Iterator[TeacherRequest]:
+        """The requests about a shard of chunks, given by its path."""
         documents = read_shard(self.split / path.name, Document)
         return self.builder.requests(documents, read_shard(path, Chunk))
 
     def _all_requests(self) -> Iterator[TeacherRequest]:
         for path in self.chunk_paths:
-            yield from self._shard_requests(path)
+            yield from self.shard_requests(path)
 
     def _lock(self, cache: ResponseCache) -> AcquireReturnProxy:
         lock = FileLock(cache.path.with_name(f"{fingerprint(self.config.sampling_facts)}.lock"))
@@ -89,14 +100,22 @@ class TeacherJob:
             print(f"{self.teacher}: waiting for another run that uses this teacher", flush=True)
             return lock.acquire()
 
-    def _send_requests(self, cache: ResponseCache) -> RequestLedger:
-        """Send requests until none is open. Returns the ledger. Raises what stopped the run."""
+    def _send_requests(
+        self, cache: ResponseCache, sample: Sequence[TeacherRequest] | None = None
+    ) -> RequestLedger:
+        """Send requests, all or those of a sample, until none is open. Returns the ledger. Raises
+        what stopped the run."""
         limit = self.config.max_cost_usd if isinstance(self.config, APITeacherConfig) else 0.0
         with Progress(what=self.teacher, total=None, unit="responses") as progress:
             ledger = RequestLedger(
-                self.teacher, cache, self.config.max_attempts, CostBudget(limit), progress
+                self.teacher,
+                cache,
+                self.config.max_attempts,
+                self.checks,
+                CostBudget(limit),
+                progress,
             )
-            num_open = self._estimate(ledger)
+            num_open = self._estimate(ledger, sample)
             if num_open == 0:
                 return ledger
             progress.set_total(num_open)
@@ -104,7 +123,8 @@ class TeacherJob:
             # Repeated, because a request with an unusable response is open again.
             num_sent = 1
             while num_sent and ledger.stop_error is None:
-                num_sent = client.run(ledger.pending(self._all_requests()), ledger)
+                requests = self._all_requests() if sample is None else sample
+                num_sent = client.run(ledger.pending(requests), ledger)
         if ledger.stop_error is not None:
             _log(cache, str(ledger.stop_error) or f"{self.teacher}: interrupted")
             raise ledger.stop_error
@@ -143,10 +163,13 @@ class TeacherJob:
 
                 return VLLMClient(self.config)
 
-    def _estimate(self, ledger: RequestLedger) -> int:
-        """Print how many requests are open and what they are expected to cost. Returns their
-        number. Enters what the cache holds into the ledger. Raises UserError where the expected
-        cost exceeds the limit."""
+    def _estimate(
+        self, ledger: RequestLedger, sample: Sequence[TeacherRequest] | None = None
+    ) -> int:
+        """Print how many requests, of all or of a sample, are open and what they are expected to
+        cost. Returns their number. Enters what the cache holds into the ledger. Raises UserError
+        where the expected cost exceeds the limit."""
+        keys = None if sample is None else {request.key for request in sample}
         num_final, num_open, input_tokens, output_tokens = 0, 0, 0.0, 0.0
         charges = self._read_charges(ledger)
         ledger.cache.reset_occurrences()
@@ -154,8 +177,10 @@ class TeacherJob:
             if not ledger.cache.is_first_occurrence(request.key):
                 continue
             self._enter_charges(ledger, charges.get(request.key, ()))
-            status = ledger.status(request.key)
+            status = ledger.status(request)
             ledger.budget.spent += sum(response.cost_usd for response in status.responses)
+            if keys is not None and request.key not in keys:
+                continue
             ledger.usable += status.response is not None
             if status.next_attempt is None:
                 num_final += 1
@@ -206,7 +231,6 @@ class TeacherJob:
         cache: ResponseCache,
         sent: RequestLedger,
         encoder: SupportsEncode,
-        max_latent_tokens: int,
         out: Path,
     ) -> dict[str, int | float]:
         """Write one shard for each shard of chunks. `sent`: the ledger of the requests that were
@@ -219,6 +243,7 @@ class TeacherJob:
                 self.teacher,
                 cache,
                 self.config.max_attempts,
+                self.checks,
                 CostBudget(0.0),
                 progress,
                 sent.failed,
@@ -227,13 +252,13 @@ class TeacherJob:
             for path in self.chunk_paths:
                 latents: list[TeacherLatent] = []
                 paraphrases: list[Paraphrase] = []
-                for request in self._shard_requests(path):
+                for request in self.shard_requests(path):
                     status = self._final_status(ledger, request)
                     if cache.is_first_occurrence(request.key):
                         _count_responses(status, counts)
                         cost_usd += sum(response.cost_usd for response in status.responses)
                     if self.config.task == "latent":
-                        latents.append(latent_row(request, status, encoder, max_latent_tokens))
+                        latents.append(latent_row(request, status, encoder))
                     else:
                         paraphrases.append(paraphrase_row(request, status))
                     progress.advance(1)
@@ -252,7 +277,7 @@ class TeacherJob:
         return {**counts, "cost_usd": cost_usd}
 
     def _final_status(self, ledger: RequestLedger, request: TeacherRequest) -> RequestStatus:
-        status = ledger.status(request.key)
+        status = ledger.status(request)
         if status.next_attempt is not None:
             raise UserError(
                 f"{self.teacher}: some requests are part of a pending batch; run this teacher with"

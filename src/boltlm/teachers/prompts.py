@@ -7,12 +7,13 @@ request's key.
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
 
+from boltlm.corpus.answers import find_answer_cue, split_answer
 from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.records import Chunk, Document
@@ -26,7 +27,13 @@ PARAPHRASE_STYLES = ("simple", "scholarly", "encyclopedia", "questions")
 TeacherTask = Literal["latent", "wrap_orig", "wrap_cot", "solve"]
 # The style recorded for the paraphrases of a task that has a single prompt.
 SINGLE_PROMPT_STYLE = {"wrap_cot": "cot", "solve": "solve"}
+# The paper's latents have 2.3 tokens for each token of their chunk. A prompt asks for this ratio
+# times the number of words in the chunk, counted by the length of an English word and its space.
+LATENT_RATIO, CHARACTERS_PER_WORD = 2.3, 6
 Message = Mapping[str, str]
+# The fields that a template must contain, in one of these sets, and those that it may contain.
+_REQUIRED_FIELDS = {"latent": ({"chunk"},), "solve": ({"question", "answer"}, {"document"})}
+_OPTIONAL_FIELDS = {"latent": {"context", "words"}}
 _TEMPLATE = re.compile(
     r"version: *(?P<version>\d+)\n--- system\n(?P<system>.*)\n--- user\n(?P<user>.*)", re.DOTALL
 )
@@ -56,13 +63,15 @@ class PromptTemplate:
                 " the system message, a line '--- user', and the user message"
             )
         system, user = Template(match["system"].strip()), Template(match["user"].strip())
-        text, others = ("chunk", {"context"}) if name == "latent" else ("document", set[str]())
+        required = _REQUIRED_FIELDS.get(name, ({"document"},))
+        optional = _OPTIONAL_FIELDS.get(name, set[str]())
         fields = {*system.get_identifiers(), *user.get_identifiers()}
-        if not (system.is_valid() and user.is_valid() and {text} <= fields <= {text, *others}):
-            known = ", ".join(f"${field}" for field in sorted(others))
+        fits = any(needed <= fields <= needed | optional for needed in required)
+        if not (system.is_valid() and user.is_valid() and fits):
+            needed_text = " or ".join(_list_fields(needed) for needed in required)
             raise UserError(
-                f"prompts.teacher: {path} must contain ${text}"
-                + (f" and may contain {known}" if known else "")
+                f"prompts.teacher: {path} must contain {needed_text}"
+                + (f" and may contain {_list_fields(optional)}" if optional else "")
                 + "; a dollar sign that begins no field is written $$"
             )
         return cls(name, int(match["version"]), system, user)
@@ -75,10 +84,19 @@ class PromptTemplate:
         )
 
 
+def latent_words(text: str) -> int:
+    """The number of words at which the latent of a chunk is to aim, in tens; 20 or more."""
+    return max(20, 10 * round(LATENT_RATIO * len(text) / CHARACTERS_PER_WORD / 10))
+
+
+def _list_fields(fields: Iterable[str]) -> str:
+    return " and ".join(f"${field}" for field in sorted(fields))
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherRequest:
     """One request to a teacher. `index`: the number of the chunk in its document, or the number of
-    the paraphrase.
+    the paraphrase. `source`: the text that it asks about, a chunk or a document.
 
     `key` is a fingerprint of everything that the response depends on: the model and its sampling
     settings, the prompt's name and version, the messages, and the number of the draw, which tells
@@ -89,6 +107,7 @@ class TeacherRequest:
     doc_id: str
     index: int
     style: str
+    source: str
     messages: tuple[Message, ...]
 
     @property
@@ -131,20 +150,47 @@ class RequestBuilder:
             for index, chunk in enumerate(document_chunks):
                 context_start = max(0, index - self.context_chunks)
                 context = "".join(c.text for c in document_chunks[context_start:index])
-                messages = prompt.messages(context=context, chunk=chunk.text)
+                words = str(latent_words(chunk.text))
+                messages = prompt.messages(context=context, chunk=chunk.text, words=words)
                 key = self._key(prompt, messages, draw=0)
-                yield TeacherRequest(key, doc_id, chunk.chunk, "", messages)
+                yield TeacherRequest(key, doc_id, chunk.chunk, "", chunk.text, messages)
 
     def _paraphrase_requests(self, documents: Sequence[Document]) -> Iterator[TeacherRequest]:
         prompts = self._paraphrase_prompts()
-        styles = tuple(prompts)
         for document in documents:
-            for index in range(self.paraphrases):
-                u = uniform(self.seed, "style", document.doc_id, index)
-                style = styles[int(u * len(styles))]
-                messages = prompts[style].messages(document=document.text)
+            fields = self._document_fields(document)
+            for index, style in enumerate(self._draw_styles(document.doc_id, tuple(prompts))):
+                messages = prompts[style].messages(**fields)
                 key = self._key(prompts[style], messages, draw=index)
-                yield TeacherRequest(key, document.doc_id, index, style, messages)
+                yield TeacherRequest(key, document.doc_id, index, style, document.text, messages)
+
+    def _document_fields(self, document: Document) -> dict[str, str]:
+        """What the templates of the task show of a document. Raises UserError where the task is
+        `solve` and the document is not a question with an answer."""
+        fields = {"document": document.text}
+        if self.task == "solve":
+            question, answer = split_answer(document.text, find_answer_cue(document.text))
+            if not (question.strip() and answer.strip()):
+                raise UserError(
+                    f"document '{document.doc_id}' must consist of a question and its answer"
+                    " (task solve); use a corpus of questions"
+                )
+            fields |= {"question": question.strip(), "answer": answer.strip()}
+        return fields
+
+    def _draw_styles(self, doc_id: str, styles: tuple[str, ...]) -> Iterator[str]:
+        """The styles of a document's paraphrases, drawn at random without replacement: of each run
+        of len(styles) paraphrases every one has another style. More paraphrases leave the styles
+        of the first ones as they are."""
+        left: list[str] = []
+        for index in range(self.paraphrases):
+            left = left or list(styles)
+            u = uniform(self.seed, "style", doc_id, index) * len(styles)
+            style = styles[int(u)]
+            if style not in left:  # drawn again from those that are left, with the fraction of u
+                style = left[int(u % 1 * len(left))]
+            left.remove(style)
+            yield style
 
     def _paraphrase_prompts(self) -> dict[str, PromptTemplate]:
         """The task's prompts by style."""

@@ -1,7 +1,6 @@
 """The state of a teacher's requests: which are still to be sent, which have a usable response, and
 when the run must stop."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,37 +11,10 @@ from boltlm.progress import Progress
 from boltlm.teachers.cost import CostBudget
 from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.response_cache import ResponseCache, TeacherResponse
-from boltlm.tokens import SPECIAL_TOKENS
+from boltlm.teachers.response_checks import NO_ANSWER, REJECTED, ResponseChecks
 
-# The reasons why a response cannot be used.
-EMPTY, REFUSED, TRUNCATED, SPECIAL_TOKEN = "empty", "refused", "truncated", "special_token"
-INCOMPLETE = "incomplete"  # it ended neither by the model itself nor at the token limit
-REJECTED = "rejected"  # the server did not accept the request; it costs nothing
-NO_ANSWER = "no_answer"  # the server answered other requests, but not this one, however often sent
-
-_APOLOGY = re.compile(
-    r"(I'm|I am|I’m) (very )?sorry\b|(Sorry|I apologi[sz]e),|I (can't|can’t|cannot) "
-)
-# The values of finish_reason, of various servers, that mean that the model ended the text itself.
-_STOP_REASONS = ("stop", "eos", "eos_token", "end_turn")
 # A run stops after this many unusable responses if they outnumber the usable ones.
 _MIN_FAILURES_TO_STOP = 20
-
-
-def unusable_reason(response: TeacherResponse) -> str | None:
-    """Why a response cannot be used, or None where it can."""
-    if response.finish == "length":
-        return TRUNCATED
-    if response.finish in ("refused", "content_filter"):
-        return REFUSED
-    if response.finish not in _STOP_REASONS:
-        return INCOMPLETE
-    text = response.text.strip()
-    if not text:
-        return EMPTY
-    if any(token in text for token in SPECIAL_TOKENS):
-        return SPECIAL_TOKEN
-    return REFUSED if _APOLOGY.match(text) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +50,18 @@ class RequestStatus:
 class RequestLedger:
     """The state of one teacher's requests: the response cache, and what happened in this run.
 
-    `teacher`: the teacher's key in params, for messages. `failed`: the requests that will have no
-    response, by key. `in_flight`: keys of the requests that were handed out and have not returned.
-    `usable`, `unusable`: the numbers of responses so far, the latter by reason and with requests
-    that failed in this run. `stop_error`: why no further request is sent; responses to requests in
-    flight are still saved. `activity`: what the client is doing, for the progress display.
+    `teacher`: the teacher's key in params, for messages. `checks`: which responses are usable.
+    `failed`: the requests that will have no response, by key. `in_flight`: keys of the requests
+    that were handed out and have not returned. `usable`, `unusable`: the numbers of responses so
+    far, the latter by reason and with requests that failed in this run. `stop_error`: why no
+    further request is sent; responses to requests in flight are still saved. `activity`: what the
+    client is doing, for the progress display.
     """
 
     teacher: str
     cache: ResponseCache
     max_attempts: int
+    checks: ResponseChecks
     budget: CostBudget
     progress: Progress
     failed: dict[str, RequestFailure] = field(default_factory=dict)
@@ -97,16 +71,17 @@ class RequestLedger:
     stop_error: BaseException | None = None
     activity: str = ""
 
-    def status(self, key: str) -> RequestStatus:
-        """The status of the request with this key."""
-        responses = self.cache.responses(key)
+    def status(self, request: TeacherRequest) -> RequestStatus:
+        """The status of a request."""
+        responses, reason = self.cache.responses(request.key), None
         for response in responses:
-            if unusable_reason(response) is None:
+            reason = self.checks.unusable_reason(response, request.source)
+            if reason is None:
                 return RequestStatus(response, None, None, responses)
-        if (failure := self.failed.get(key)) is not None:
+        if (failure := self.failed.get(request.key)) is not None:
             return RequestStatus(None, failure.reason, None, responses)
         if len(responses) >= self.max_attempts:
-            return RequestStatus(None, unusable_reason(responses[-1]), None, responses)
+            return RequestStatus(None, reason, None, responses)
         return RequestStatus(None, None, len(responses), responses)
 
     def pending(self, requests: Iterable[TeacherRequest]) -> Iterator[PendingRequest]:
@@ -114,17 +89,18 @@ class RequestLedger:
         final, or where the same request is in flight or part of a pending batch."""
         self.in_flight.clear()
         for request in requests:
-            attempt = self.status(request.key).next_attempt
+            attempt = self.status(request).next_attempt
             if attempt is None or request.key in self.in_flight:
                 continue
             if not self.cache.is_in_batch(request.key, attempt):
                 self.in_flight.add(request.key)
                 yield PendingRequest(request, attempt)
 
-    def record(self, response: TeacherResponse) -> None:
-        """Count a response of this run. Stops the run where most responses are unusable."""
+    def record(self, response: TeacherResponse, request: TeacherRequest | None = None) -> None:
+        """Count a response of this run. Stops the run where most responses are unusable. Without
+        its request, a copy counts as usable here; `status` knows better."""
         self.in_flight.discard(response.key)
-        reason = unusable_reason(response)
+        reason = self.checks.unusable_reason(response, request.source if request else None)
         self.usable += reason is None
         if reason is not None:
             self.unusable[reason] += 1
@@ -167,13 +143,14 @@ class RequestLedger:
         failures = self.unusable.total()
         if failures < _MIN_FAILURES_TO_STOP or failures <= self.usable:
             return
+        reasons = self._describe_failures()
         example = f"; one of them: {failure.message}" if failure else ""
+        main_reason = self.unusable.most_common(1)[0][0]
         self.stop(
             UserError(
                 f"{self.teacher}: stopped because {failures} of the first"
-                f" {failures + self.usable} responses cannot be used"
-                f" ({self._describe_failures()}{example});"
-                " check max_output_tokens, the model and the prompt"
+                f" {failures + self.usable} responses cannot be used ({reasons}{example});"
+                f" {self.checks.remedy(main_reason)}"
             )
         )
 

@@ -20,11 +20,11 @@ from boltlm.records import (
 )
 from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
 from boltlm.teachers.imported import UNMATCHED, ImportedLatents
-from boltlm.teachers.job import TeacherJob
+from boltlm.teachers.job import ModelTeacher, TeacherJob
 from boltlm.teachers.prompts import RequestBuilder
 from boltlm.teachers.response_cache import ResponseCache
+from boltlm.teachers.response_checks import ResponseChecks, SupportsEncode
 from boltlm.teachers.tables import (
-    SupportsEncode,
     count_rows,
     describe_reasons,
     dropped_by_reason,
@@ -64,6 +64,22 @@ def run_teacher(
         )
         _check_counts(settings, counts)
         return dict(counts)
+    job = make_job(settings, teacher, encoder, split=split, chunks=chunks, prompts=prompts)
+    with closing(ResponseCache(cache)) as response_cache:
+        return job.run(response_cache, encoder, out)
+
+
+def make_job(
+    settings: TeacherSettings,
+    teacher: ModelTeacher,
+    encoder: SupportsEncode | None,
+    *,
+    split: Path,
+    chunks: Path,
+    prompts: Path,
+) -> TeacherJob:
+    """The work of `teacher`, with the other settings as in `settings`; paths as in
+    `run_teacher`."""
     builder = RequestBuilder(
         task=teacher.task,
         templates=prompts,
@@ -72,9 +88,19 @@ def run_teacher(
         paraphrases=teacher.paraphrases,
         seed=teacher.seed,
     )
-    job = TeacherJob(key, teacher, builder, split=split, chunk_paths=shard_paths(chunks))
-    with closing(ResponseCache(cache)) as response_cache:
-        return job.run(response_cache, encoder, settings.max_latent_tokens, out)
+    checks = ResponseChecks(
+        encoder=encoder,
+        max_latent_tokens=settings.max_latent_tokens if teacher.task == "latent" else None,
+        config=teacher.checks,
+    )
+    return TeacherJob(
+        f"teachers.{settings.name}",
+        teacher,
+        builder,
+        checks,
+        split=split,
+        chunk_paths=shard_paths(chunks),
+    )
 
 
 def _write_latents_of_data(

@@ -19,7 +19,7 @@ from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.requests import RequestLedger
 
 PROBE_INTERVAL_SECONDS = 10.0
-_PROBE = TeacherRequest("probe", "", 0, "", ({"role": "user", "content": "Reply with OK."},))
+_PROBE = TeacherRequest("probe", "", 0, "", "", ({"role": "user", "content": "Reply with OK."},))
 
 # Sends a request with the number of its attempt and an idempotency key.
 Send = Callable[[TeacherRequest, int, str], Awaitable[Any]]

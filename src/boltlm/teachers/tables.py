@@ -2,20 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from boltlm.records import Paraphrase, TeacherLatent
 from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.requests import RequestStatus
+from boltlm.teachers.response_checks import TOO_LONG, SupportsEncode
 
-TOO_LONG = "too_long"  # the reason for a latent of more than max_latent_tokens tokens
 _DROPPED = "dropped_"
-
-
-class SupportsEncode(Protocol):
-    """Turns text into token ids, without special tokens."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 def count_rows(rows: Sequence[TeacherLatent | Paraphrase], counts: Counter[str]) -> None:
@@ -68,12 +61,16 @@ def teacher_latent_row(
 
 
 def latent_row(
-    request: TeacherRequest, status: RequestStatus, encoder: SupportsEncode, max_latent_tokens: int
+    request: TeacherRequest, status: RequestStatus, encoder: SupportsEncode
 ) -> TeacherLatent:
     """The row of a request for a latent whose status is final."""
     text = status.response.text.strip() if status.response else None
-    return teacher_latent_row(
-        request.doc_id, request.index, text, status.reason, encoder, max_latent_tokens
+    return TeacherLatent(
+        doc_id=request.doc_id,
+        chunk=request.index,
+        latent=text,
+        tokens=tuple(encoder.encode(text)) if text is not None else None,
+        reason=status.reason,
     )
 
 

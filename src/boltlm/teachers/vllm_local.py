@@ -36,10 +36,11 @@ class VLLMClient:
             self._load()
         requests = itertools.chain([first], requests)
         while batch := list(itertools.islice(requests, self.config.request_batch_size)):
-            responses = self._send(self._fitting(batch, ledger))
+            fitting = self._fitting(batch, ledger)
+            responses = self._send(fitting)
             ledger.cache.add(responses)
-            for response in responses:
-                ledger.record(response)
+            for pending, response in zip(fitting, responses, strict=True):
+                ledger.record(response, pending.request)
             count += len(batch)
             if ledger.stop_error is not None:
                 break
