@@ -1,4 +1,4 @@
-"""The command `boltlm`: analyses of a finished experiment.
+"""The command `boltlm`: analyses of a finished experiment, and care of the response cache.
 
 Each sub-command is a function of the parsed arguments. It imports what it needs when it runs, so
 that `boltlm --help` is quick.
@@ -38,6 +38,12 @@ example:
 Draws latents for the first chunks of a corpus, as the section `sampling` says, recomputes their log
 q and log w in float64, and prints the differences as one JSON object."""
 
+CACHE_EXAMPLE = """\
+examples:
+  boltlm cache check                     # read all responses; damage is an error
+  boltlm cache export responses.jsonl    # write what can be read, also of a damaged cache
+  boltlm cache import responses.jsonl    # add an export, or a copy of another cache"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KSamplesSettings:
@@ -52,11 +58,14 @@ def main() -> None:
 
 
 def _run_command() -> None:
-    parser = argparse.ArgumentParser(prog="boltlm", description="Analyse a finished experiment.")
+    parser = argparse.ArgumentParser(
+        prog="boltlm", description="Analyse experiments; check the cache of responses."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_seeds(commands)
     _add_verify_weights(commands)
+    _add_cache(commands)
     args = parser.parse_args()
     args.run(args)
 
@@ -166,3 +175,24 @@ def _verify_weights(args: argparse.Namespace) -> None:
     k_samples = load_settings(KSamplesSettings, args.params).k_samples
     errors = verify_weights(settings, k_samples, args.model, args.chunks, args.limit)
     print(json.dumps(errors))
+
+
+def _add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "check, export or import the responses of teachers that were paid for"
+    parser = _add(commands, "cache", summary, CACHE_EXAMPLE, _cache)
+    parser.add_argument("action", choices=("check", "export", "import"))
+    parser.add_argument("file", type=Path, nargs="?", help="the file to export to or import from")
+    parser.add_argument("--cache", type=Path, default=Path("response_cache/responses.sqlite"))
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from boltlm.teachers import cache_transfer
+
+    if args.action == "check":
+        print(cache_transfer.check_cache(args.cache))
+    elif args.file is None:
+        raise UserError(f"boltlm cache {args.action}: give the file")
+    elif args.action == "export":
+        print(cache_transfer.export_cache(args.cache, args.file))
+    else:
+        print(cache_transfer.import_cache(args.cache, args.file))

@@ -165,7 +165,7 @@ class OpenAIBatchClient:
         if batch.id:
             return batch
         if not batch.file:
-            ledger.cache.complete_batch(batch.token, [])
+            ledger.cache.complete_batch(batch, [])
             return replace(batch, expected_usd=0.0)
         return self._save_id(batch, self._find(batch) or self._create(batch), ledger)
 
@@ -214,7 +214,7 @@ class OpenAIBatchClient:
             ledger.progress.note(f"${ledger.budget.spent:.4f}{completed}")
             return "in_progress"
         responses, rejected = self._read_results(remote, ledger.cache.batch_requests(batch.token))
-        ledger.cache.complete_batch(batch.token, responses)
+        ledger.cache.complete_batch(batch, responses)
         ledger.budget.settle(batch.expected_usd, sum(response.cost_usd for response in responses))
         for response in responses:
             ledger.record(response)
