@@ -240,7 +240,9 @@ def test_readme_is_short_and_its_commands_exist() -> None:
         for target in re.findall(r"(?:^ *|`)make (\w+)", text, re.M):
             assert target in targets, f"{path.name}: make {target}"
         for command in re.findall(r"(?:^ *|`)boltlm ([a-z][\w-]*)", text, re.M):
-            assert command in ("cache", "compare", "seeds", "verify-weights"), f"{path.name}: {command}"
+            assert command in ("cache", "compare", "seeds", "verify-weights"), (
+                f"{path.name}: {command}"
+            )
         sections = {"train": "models", "evaluate": "models", "teacher": "teachers"}
         for stage, name in re.findall(r"dvc repro (\w+)@(\w+)", text):
             assert name in params[sections.get(stage) or stage], f"{path.name}: {name}"

@@ -134,6 +134,14 @@ class OpenAIBatchConfig(APITeacherConfig):
 
     A batch holds at most `max_requests_per_batch` requests and `max_bytes_per_batch` bytes. At most
     `max_concurrent_batches` are in progress; their state is polled every `poll_interval_seconds`.
+
+    max_outage_seconds: for how long the server, or the download of results, may fail without a
+      success until the run stops.
+    pilot_requests: a run first sends a batch of at most this many requests and judges the responses
+      before it sends more; 0: it sends everything at once.
+    min_pilot_usable: the least fraction of usable responses in the pilot batch.
+    max_pilot_cost_ratio: the greatest cost of its responses, relative to the expected cost.
+    keep_files: keep the files of a batch at the server when its responses are saved.
     """
 
     kind: Literal["openai_batch"]
@@ -141,10 +149,21 @@ class OpenAIBatchConfig(APITeacherConfig):
     max_bytes_per_batch: PositiveInt
     max_concurrent_batches: PositiveInt
     poll_interval_seconds: float
+    max_outage_seconds: float
+    pilot_requests: NonNegativeInt
+    min_pilot_usable: float
+    max_pilot_cost_ratio: float
+    keep_files: bool
 
     def __post_init__(self) -> None:
         super(OpenAIBatchConfig, self).__post_init__()
-        require_positive(self, "poll_interval_seconds")
+        require_positive(
+            self, "poll_interval_seconds", "max_outage_seconds", "max_pilot_cost_ratio"
+        )
+        if not 0 <= self.min_pilot_usable <= 1:
+            raise UserError(
+                f"min_pilot_usable must be between 0 and 1, found {self.min_pilot_usable}"
+            )
         limits = {
             "max_requests_per_batch": MAX_BATCH_REQUESTS,
             "max_bytes_per_batch": MAX_BATCH_BYTES,

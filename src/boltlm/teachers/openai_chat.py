@@ -32,6 +32,7 @@ ENV_FILE = ".env"
 _API_KEY_PATTERN = re.compile(r"\bsk-[\w*.-]+")
 _MAX_MESSAGE_CHARACTERS = 200
 _MALFORMED_PAUSE_SECONDS = 1.0
+_MAX_TOKENS = 10**9  # of a request
 
 
 def read_api_key(config: APITeacherConfig) -> str:
@@ -74,8 +75,8 @@ def parse_completion(
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
         text, refusal = message.get("content") or "", message.get("refusal")
-        input_tokens = int(usage.get("prompt_tokens") or round(expected_input_tokens))
-        output_tokens = int(usage.get("completion_tokens") or config.expected_output_tokens)
+        input_tokens = _token_count(usage.get("prompt_tokens"), expected_input_tokens)
+        output_tokens = _token_count(usage.get("completion_tokens"), config.expected_output_tokens)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise MalformedResponseError from error
     return TeacherResponse(
@@ -89,6 +90,13 @@ def parse_completion(
         model=_valid_unicode(str(body.get("model"))),
         batch=batch,
     )
+
+
+def _token_count(value: Any, expected: float) -> int:
+    """A number of tokens that a server reports, or the expected one where it reports none that is
+    possible: JSON can hold Infinity, NaN and integers of any size."""
+    is_possible = isinstance(value, int | float) and 0 < value < _MAX_TOKENS
+    return round(value if is_possible else expected)
 
 
 def _valid_unicode(text: str) -> str:
