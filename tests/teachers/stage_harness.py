@@ -122,6 +122,21 @@ class ServerProcess:
             rows = db.execute("select facts from batches order by rowid")
             return [json.loads(facts)["status"] for (facts,) in rows]
 
+    def batch_sizes(self) -> list[int]:
+        """The numbers of requests of all batches that have ended, in the order of creation."""
+        with self._connect() as db:
+            rows = db.execute("select facts from batches order by rowid")
+            return [json.loads(facts)["request_counts"]["total"] for (facts,) in rows]
+
+    def end_slow_batches(self) -> None:
+        """Let batches with the fault `slow` end like others."""
+        with self._connect() as db:
+            db.execute("update batches set fault = ''")
+
+    def clear_faults(self) -> None:
+        with self._connect() as db:
+            db.execute("delete from faults")
+
     def num_files(self) -> int:
         with self._connect() as db:
             return db.execute("select count(*) from files").fetchone()[0]
