@@ -65,7 +65,7 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         "no usage": None,
         "infinite usage": {"prompt_tokens": math.inf, "completion_tokens": math.nan},
         "huge usage": {"prompt_tokens": 10**30, "completion_tokens": -1},
-        "long": {**USAGE, "completion_tokens": 60},
+        "long": {**USAGE, "completion_tokens": 200},
     }
     if fault == "no completion":
         return {"object": "chat.completion", "choices": []}

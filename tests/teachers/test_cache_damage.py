@@ -2,6 +2,7 @@
 read is saved."""
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -63,16 +64,31 @@ def test_a_damaged_text_is_noticed_on_opening_and_never_used(path: Path) -> None
         check_cache(path)
 
 
+def flip_unnoticed(path: Path, offset: int) -> None:
+    """As a disk does: the file's time of modification stays."""
+    stat = path.stat()
+    flip(path, offset)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def test_a_damaged_response_is_never_returned(path: Path) -> None:
-    """Also where the file was intact when it was opened, and the damage is remembered after it."""
+    """Also where nothing was noticed on opening. After that the whole file is distrusted."""
+    flip_unnoticed(path, path.read_bytes().index(b"text 3 "))
     with closing(ResponseCache(path)) as cache:
-        with sqlite3.connect(path) as db:
-            db.execute("update answers set text = 'other' where key = ?", (key(3),))
+        assert cache.responses(key(4)) == [response(4)]
         with pytest.raises(UserError, match=f"attempt 0 of request {key(3)}.*boltlm cache export"):
             cache.responses(key(3))
-        assert cache.responses(key(4)) == [response(4)]
     with pytest.raises(UserError, match="1 responses do not match"):
         ResponseCache(path)
+
+
+def test_the_command_finds_damage_that_opening_the_file_does_not_notice(path: Path) -> None:
+    """From then on opening it reports the damage."""
+    flip_unnoticed(path, path.read_bytes().index(b"text 3 "))
+    ResponseCache(path).close()
+    for function in (check_cache, ResponseCache):
+        with pytest.raises(UserError, match="1 responses do not match"):
+            function(path)
 
 
 def test_a_damaged_key_does_not_look_like_a_missing_response(path: Path) -> None:
@@ -185,6 +201,9 @@ def test_a_cache_that_was_closed_is_not_read_on_opening(
     for _ in range(2):
         with closing(ResponseCache(path)) as cache:
             assert not cache.verified
+    check_cache(path)
+    with closing(ResponseCache(path)) as cache:
+        assert cache.verified
 
 
 def test_an_import_adds_what_is_missing_and_keeps_what_is_there(path: Path) -> None:

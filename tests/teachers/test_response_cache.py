@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from boltlm.errors import UserError
+from boltlm.teachers import cache_file
 from boltlm.teachers.cache_transfer import check_cache
 from boltlm.teachers.response_cache import PendingBatch, ResponseCache, TeacherResponse
 
@@ -83,6 +84,26 @@ def test_earlier_versions_of_the_program_can_use_the_file(tmp_path: Path) -> Non
         cache.close()
     assert columns[0] == columns[1]
     assert "3 responses of an earlier version have no checksum" in check_cache(path)
+
+
+def test_an_interrupted_extension_of_a_file_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns and tables that a file of an earlier version lacks are added all at once."""
+    path = tmp_path / "responses.sqlite"
+    with sqlite3.connect(path) as db:
+        db.executescript(EXISTING_FILE)
+    additions = cache_file.ADDITIONS
+    for number in range(len(additions)):
+        monkeypatch.setattr(cache_file, "ADDITIONS", (*additions[:number], "an error"))
+        with pytest.raises(UserError, match="cannot be opened"):
+            ResponseCache(path)
+    with sqlite3.connect(path) as db:
+        assert db.execute("pragma table_info(totals)").fetchall() == []
+    monkeypatch.setattr(cache_file, "ADDITIONS", additions)
+    cache = ResponseCache(path)
+    assert len(cache.responses("k")) == 2
+    cache.close()
 
 
 def test_a_saved_response_is_never_replaced(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import sqlite3
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -41,7 +41,7 @@ _TABLES = (
     token text, key text, attempt integer, primary key (key, attempt)) without rowid""",
     "create index asked_token on asked (token)",
 )
-_ADDITIONS = (
+ADDITIONS = (
     "alter table answers add column checksum text",
     "create table totals (responses integer, changes integer)",
     "insert into totals select count(*), 0 from answers",
@@ -88,6 +88,13 @@ def write_state(path: Path, state: CacheState) -> None:
         os.close(file)
 
 
+def distrust(path: Path) -> None:
+    """Have a cache file checked when it is opened the next time, because damage was found."""
+    state = read_state(path)
+    if state is not None:
+        write_state(path, replace(state, files=None))
+
+
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether an error says that the content of a file is damaged, rather than that it cannot be
     read or written now."""
@@ -100,8 +107,8 @@ def is_damage(error: sqlite3.Error) -> bool:
 def damage_error(path: Path, damage: str) -> UserError:
     """The error for a damaged or incomplete cache file."""
     return UserError(
-        f"{path}: {damage}; it holds responses that were paid for, so do not delete it. Restore a"
-        f" copy, or save what can be read: boltlm cache export salvage.jsonl --cache {path}"
+        f"{path}: {damage}; responses that were paid for are at stake, so do not delete it. Restore"
+        f" a copy, or save what can be read: boltlm cache export salvage.jsonl --cache {path}"
         " (docs/teachers.md, Damage)"
     )
 
@@ -120,7 +127,11 @@ def open_cache_file(path: Path, *, accept_loss: bool) -> tuple[sqlite3.Connectio
             _require_new(path, None if accept_loss else state)
             _create(path)
         elif path.stat().st_size == 0:
-            raise damage_error(path, "the response cache is an empty file")
+            raise damage_error(
+                path,
+                "the response cache is an empty file (if no response was ever saved in it, delete"
+                f" it and {state_path(path).name})",
+            )
         # Before SQLite opens it: recovery of the -wal file may change it.
         unchanged = state is not None and state.files == file_stats(path)
         connection = connect(path)
@@ -171,7 +182,7 @@ def _create(path: Path) -> None:
     try:
         connection.execute("pragma journal_mode = memory")
         connection.execute("begin")
-        for statement in (*_TABLES, *_ADDITIONS, f"pragma user_version = {CACHE_VERSION}"):
+        for statement in (*_TABLES, *ADDITIONS, f"pragma user_version = {CACHE_VERSION}"):
             connection.execute(statement)
         connection.execute("commit")
     finally:
@@ -197,7 +208,7 @@ def _add_tables(path: Path, connection: sqlite3.Connection) -> None:
         )
     if connection.execute("select 1 from sqlite_master where name = 'totals'").fetchone() is None:
         connection.execute("begin immediate")
-        for statement in _ADDITIONS:
+        for statement in ADDITIONS:
             connection.execute(statement)
         connection.execute("commit")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from boltlm.errors import UserError
 from boltlm.shard_store import atomic_write
-from boltlm.teachers.cache_file import damage_error, read_state
+from boltlm.teachers.cache_file import read_state
 from boltlm.teachers.cache_rows import (
     RESPONSE_COLUMNS,
     decode_row,
@@ -60,9 +60,10 @@ def check_cache(path: Path) -> str:
             report = scan_responses(cache.connection)
             ((batches,),) = cache.connection.execute("select count(*) from batches")
         except sqlite3.DatabaseError as error:
-            raise damage_error(path, f"the response cache is damaged ({error})") from error
-    if faults or report.damage:
-        raise damage_error(path, f"the response cache is damaged ({faults or report.damage})")
+            raise cache.damaged(str(error)) from error
+        if faults or report.damage:
+            raise cache.damaged(faults or report.damage)
+        cache.verified = True  # also where it was too large to be checked when it was opened
     text = f"{path}: intact; {report.responses:,} responses for ${report.cost_usd:.4f}"
     text += f", {batches:,} pending batches"
     if report.without_checksum:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, cast
 
@@ -99,7 +100,8 @@ class OpenAIBatchClient:
             in_progress = [b for b in in_progress if outcomes[b.token] == "in_progress"]
             self._adapt_batch_size(set(outcomes.values()), ledger)
             self._cancel_if_hopeless(in_progress, ledger)
-            ledger.progress.note(f"${ledger.budget.spent:.4f}, {self.progress.describe()}")
+            texts = (f"${ledger.budget.spent:.4f}", self.progress.describe())
+            ledger.progress.note(", ".join(filter(None, texts)))
             ledger.progress.advance(0)
             if "ended" not in outcomes.values():
                 time.sleep(self.config.poll_interval_seconds)
@@ -180,19 +182,19 @@ class OpenAIBatchClient:
     def _resume(self, batch: PendingBatch, ledger: RequestLedger) -> PendingBatch:
         """Bring a batch of a killed run to the point where it exists at the server.
 
-        If its file was not uploaded completely, the batch is given up and its requests are sent
-        again. If its id was not saved, it is searched for, and created where it does not exist.
+        If its file was not uploaded completely or is gone, the batch is given up and its requests
+        are sent again. If its id was not saved, it is searched for, and created where it does not
+        exist.
         """
         if batch.id:
             return batch
-        if batch.file:
-            try:
-                found = self.server.find(batch.token)
-                return self._save_id(
-                    batch, found or self.server.create(batch.token, batch.file), ledger
-                )
-            except (openai.BadRequestError, openai.NotFoundError):
-                pass  # the file has expired or was deleted
+        batch_id = self.server.find(batch.token) if batch.file else None
+        if batch.file and batch_id is None:
+            # Refused only where the file has expired or was deleted.
+            with suppress(openai.BadRequestError, openai.NotFoundError):
+                batch_id = self.server.create(batch.token, batch.file)
+        if batch_id is not None:
+            return self._save_id(batch, batch_id, ledger)
         ledger.cache.complete_batch(batch, [])
         return replace(batch, expected_usd=0.0)
 

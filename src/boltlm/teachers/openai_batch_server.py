@@ -121,17 +121,20 @@ class BatchServer:
         return None
 
     def _find_in_list(self, token: str) -> str | None:
-        batches = self.client.batches.list(limit=100)
-        if isinstance(batches, str):
-            raise MalformedResponseError
-        for page in batches.iter_pages():
-            if not isinstance(page.data, list):
+        after: str | openai.Omit = openai.omit
+        while True:
+            # The client itself fails where a page is not one of the API's.
+            response = self.client.batches.with_raw_response.list(limit=100, after=after)
+            page = _mapping(response.http_response.json())
+            if not isinstance(page.get("data"), list):
                 raise MalformedResponseError
-            for batch in page.data:
-                state = _batch_state(_facts(batch))
+            states = [_batch_state(_mapping(batch)) for batch in page["data"]]
+            for state in states:
                 if state.token == token:
                     return state.id
-        return None
+            if not states or not page.get("has_more"):
+                return None
+            after = states[-1].id
 
     def retrieve(self, batch_id: str) -> RemoteBatchState:
         """The state of a batch. Raises openai.NotFoundError where the server does not know it."""

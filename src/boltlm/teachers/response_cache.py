@@ -19,6 +19,7 @@ from boltlm.errors import UserError
 from boltlm.teachers.cache_file import (
     CacheState,
     damage_error,
+    distrust,
     file_stats,
     is_damage,
     open_cache_file,
@@ -104,12 +105,18 @@ class ResponseCache:
 
     def _user_error(self, error: sqlite3.Error, action: str) -> UserError:
         if is_damage(error):
-            self.verified = False
-            return damage_error(self.path, f"the response cache is damaged ({error})")
+            return self.damaged(str(error))
         return UserError(
             f"{self.path}: the response cache cannot be {action} ({error}); resolve this and run"
             " the stage again, and do not delete the file: it holds responses that were paid for"
         )
+
+    def damaged(self, damage: str) -> UserError:
+        """The error to raise where damage was found. The file will be checked when it is opened
+        again."""
+        self.verified = False
+        distrust(self.path)
+        return damage_error(self.path, f"the response cache is damaged ({damage})")
 
     def _read(self, query: str, values: Sequence[str | int]) -> list[tuple[Any, ...]]:
         """All rows of a query. Raises UserError where the file is damaged or cannot be read."""
@@ -136,11 +143,9 @@ class ResponseCache:
         rows = self._read(query, (key,))
         for *values, checksum in rows:
             if checksum is not None and checksum != row_checksum(values):
-                self.verified = False
-                raise damage_error(
-                    self.path,
-                    f"the response cache is damaged (the response to attempt {values[1]} of request"
-                    f" {key} does not match its checksum)",
+                raise self.damaged(
+                    f"the response to attempt {values[1]} of request {key} does not match its"
+                    " checksum"
                 )
         return [TeacherResponse(*values) for *values, _ in rows]
 
