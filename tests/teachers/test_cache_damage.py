@@ -64,19 +64,24 @@ def test_a_damaged_text_is_noticed_on_opening_and_never_used(path: Path) -> None
         check_cache(path)
 
 
-def flip_unnoticed(path: Path, offset: int) -> None:
+def flip_unnoticed(path: Path, offset: int, bits: int) -> None:
     """As a disk does: the file's time of modification stays."""
     stat = path.stat()
-    flip(path, offset)
+    content = bytearray(path.read_bytes())
+    content[offset] ^= bits
+    path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_a_damaged_response_is_never_returned(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "message"), [(1, f"attempt 0 of request {key(3)}"), (0x80, "Could not decode")]
+)
+def test_a_damaged_response_is_never_returned(bits: int, message: str, path: Path) -> None:
     """Also where nothing was noticed on opening. After that the whole file is distrusted."""
-    flip_unnoticed(path, path.read_bytes().index(b"text 3 "))
+    flip_unnoticed(path, path.read_bytes().index(b"text 3 "), bits)
     with closing(ResponseCache(path)) as cache:
         assert cache.responses(key(4)) == [response(4)]
-        with pytest.raises(UserError, match=f"attempt 0 of request {key(3)}.*boltlm cache export"):
+        with pytest.raises(UserError, match=f"{message}.*boltlm cache export"):
             cache.responses(key(3))
     with pytest.raises(UserError, match="1 responses do not match"):
         ResponseCache(path)
@@ -84,7 +89,7 @@ def test_a_damaged_response_is_never_returned(path: Path) -> None:
 
 def test_the_command_finds_damage_that_opening_the_file_does_not_notice(path: Path) -> None:
     """From then on opening it reports the damage."""
-    flip_unnoticed(path, path.read_bytes().index(b"text 3 "))
+    flip_unnoticed(path, path.read_bytes().index(b"text 3 "), 1)
     ResponseCache(path).close()
     for function in (check_cache, ResponseCache):
         with pytest.raises(UserError, match="1 responses do not match"):

@@ -27,6 +27,8 @@ from boltlm.teachers.cache_file import (
 )
 from boltlm.teachers.cache_rows import RESPONSE_COLUMNS, read_totals, row_checksum
 
+_MAX_MESSAGE_CHARACTERS = 80
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherResponse:
@@ -105,7 +107,8 @@ class ResponseCache:
 
     def _user_error(self, error: sqlite3.Error, action: str) -> UserError:
         if is_damage(error):
-            return self.damaged(str(error))
+            # The message may quote a text of many lines.
+            return self.damaged(str(error).splitlines()[0][:_MAX_MESSAGE_CHARACTERS])
         return UserError(
             f"{self.path}: the response cache cannot be {action} ({error}); resolve this and run"
             " the stage again, and do not delete the file: it holds responses that were paid for"
