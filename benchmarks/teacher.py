@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from boltlm.teachers.config import OpenAIChatConfig  # noqa: E402
+from boltlm.teachers.model_config import OpenAIChatConfig  # noqa: E402
 from tests.teachers.server import KEY  # noqa: E402
 from tests.teachers.stage_harness import ServerProcess, TeacherStage  # noqa: E402
 

@@ -240,7 +240,7 @@ def test_readme_is_short_and_its_commands_exist() -> None:
         for target in re.findall(r"(?:^ *|`)make (\w+)", text, re.M):
             assert target in targets, f"{path.name}: make {target}"
         for command in re.findall(r"(?:^ *|`)boltlm ([a-z][\w-]*)", text, re.M):
-            assert command in ("compare", "seeds", "teacher", "verify-weights"), (
+            assert command in ("cache", "compare", "seeds", "teacher", "verify-weights"), (
                 f"{path.name}: {command}"
             )
         sections = {"train": "models", "evaluate": "models", "teacher": "teachers"}

@@ -1,4 +1,5 @@
-"""The command `boltlm`: a preview of a teacher, analyses of a finished experiment.
+"""The command `boltlm`: a preview of a teacher, care of the response cache, analyses of a finished
+experiment.
 
 Each sub-command is a function of the parsed arguments. It imports what it needs when it runs, so
 that `boltlm --help` is quick.
@@ -46,6 +47,12 @@ examples:
 Needs the documents and chunks of the stage `split`, and for --send an API key or a local model.
 Responses are saved in the response cache, so the stage `teacher` does not pay for them again."""
 
+CACHE_EXAMPLE = """\
+examples:
+  boltlm cache check                     # read all responses; damage is an error
+  boltlm cache export responses.jsonl    # write what can be read, also of a damaged cache
+  boltlm cache import responses.jsonl    # add an export, or a copy of another cache"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherPromptsSettings:
@@ -68,13 +75,14 @@ def main() -> None:
 
 def _run_command() -> None:
     parser = argparse.ArgumentParser(
-        prog="boltlm", description="Preview a teacher; analyse a finished experiment."
+        prog="boltlm", description="Preview teachers, check their responses; analyse experiments."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_teacher(commands)
     _add_compare(commands)
     _add_seeds(commands)
     _add_verify_weights(commands)
+    _add_cache(commands)
     args = parser.parse_args()
     args.run(args)
 
@@ -225,3 +233,24 @@ def _verify_weights(args: argparse.Namespace) -> None:
     k_samples = load_settings(KSamplesSettings, args.params).k_samples
     errors = verify_weights(settings, k_samples, args.model, args.chunks, args.limit)
     print(json.dumps(errors))
+
+
+def _add_cache(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "check, export or import the responses of teachers that were paid for"
+    parser = _add(commands, "cache", summary, CACHE_EXAMPLE, _cache)
+    parser.add_argument("action", choices=("check", "export", "import"))
+    parser.add_argument("file", type=Path, nargs="?", help="the file to export to or import from")
+    parser.add_argument("--cache", type=Path, default=Path("response_cache/responses.sqlite"))
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from boltlm.teachers import cache_transfer
+
+    if args.action == "check":
+        print(cache_transfer.check_cache(args.cache))
+    elif args.file is None:
+        raise UserError(f"boltlm cache {args.action}: give the file")
+    elif args.action == "export":
+        print(cache_transfer.export_cache(args.cache, args.file))
+    else:
+        print(cache_transfer.import_cache(args.cache, args.file))

@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -44,8 +45,10 @@ create table if not exists hold (num_events integer);
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 USAGES: dict[str, Any] = {
     "no usage": None,
-    "infinite usage": {"prompt_tokens": float("inf"), "completion_tokens": float("nan")},
-    "long": {"prompt_tokens": 100, "completion_tokens": 64, "total_tokens": 164},
+    "infinite usage": {"prompt_tokens": math.inf, "completion_tokens": math.nan},
+    "huge usage": {"prompt_tokens": 10**30, "completion_tokens": -1},
+    "long": {**USAGE, "completion_tokens": 64},
+    "very long": {**USAGE, "completion_tokens": 200},
 }
 
 
@@ -75,6 +78,8 @@ def completion(body: dict[str, Any], fault: str = "") -> dict[str, Any]:
         message |= {"content": None, "refusal": "I will not."}
     elif fault in contents:
         message["content"] = contents[fault]
+    if fault == "no completion":
+        return {"object": "chat.completion", "choices": []}
     choice = {"index": 0, "message": message, "finish_reason": finish_reasons.get(fault, "stop")}
     return {
         "id": "chatcmpl-1",
@@ -118,6 +123,18 @@ class RateLimit:
         return accepted, headers
 
 
+def file_object(file_id: str, content: bytes) -> dict[str, Any]:
+    return {
+        "id": file_id,
+        "object": "file",
+        "bytes": len(content),
+        "created_at": 1,
+        "filename": "f",
+        "purpose": "batch",
+        "status": "processed",
+    }
+
+
 class MockAPI:
     """The state and the endpoints."""
 
@@ -138,10 +155,13 @@ class MockAPI:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/files", self.upload),
+                web.get("/v1/files/{id}", self.file_facts),
+                web.delete("/v1/files/{id}", self.delete_file),
                 web.get("/v1/files/{id}/content", self.content),
                 web.post("/v1/batches", self.create),
                 web.get("/v1/batches", self.list_batches),
                 web.get("/v1/batches/{id}", self.retrieve),
+                web.post("/v1/batches/{id}/cancel", self.cancel),
             ]
         )
         return app
@@ -209,6 +229,12 @@ class MockAPI:
             await asyncio.sleep(3600)
         if fault == "malformed":
             return web.Response(text='{"choices": [', content_type="application/json")
+        if fault == "html":  # a proxy that reports an outage, and says that all is well
+            return web.Response(text="<html>502 Bad Gateway</html>", content_type="text/html")
+        if fault == "proxy 404":
+            return web.Response(text="<html>no route</html>", content_type="text/html", status=404)
+        if fault == "no fields":
+            return web.json_response({"object": "unknown", "data": None})
         return None
 
     def charge(self, bodies: Iterable[dict[str, Any]]) -> None:
@@ -267,30 +293,45 @@ class MockAPI:
         unique = content + str(time.time_ns()).encode()
         file_id = f"file-{hashlib.sha256(unique).hexdigest()[:16]}"
         self.db.execute("insert into files values (?, ?)", (file_id, content))
-        return {
-            "id": file_id,
-            "object": "file",
-            "bytes": len(content),
-            "created_at": 1,
-            "filename": "f",
-            "purpose": "batch",
-            "status": "processed",
-        }
+        return file_object(file_id, content)
 
-    async def content(self, request: web.Request) -> web.StreamResponse:
-        if (failure := await self.failure(self.next_fault("content"), request)) is not None:
-            return failure
+    def file_content(self, request: web.Request) -> bytes | None:
         row = self.db.execute(
             "select content from files where id = ?", (request.match_info["id"],)
         ).fetchone()
-        return web.Response(body=row[0]) if row else error_response(404, "no such file")
+        return row[0] if row else None
+
+    async def file_facts(self, request: web.Request) -> web.StreamResponse:
+        content = self.file_content(request)
+        if content is None:
+            return error_response(404, "no such file")
+        return web.json_response(file_object(request.match_info["id"], content))
+
+    async def delete_file(self, request: web.Request) -> web.StreamResponse:
+        if (failure := await self.failure(self.next_fault("delete"), request)) is not None:
+            return failure
+        file_id = request.match_info["id"]
+        if self.file_content(request) is None:
+            return error_response(404, "no such file")
+        self.db.execute("delete from files where id = ?", (file_id,))
+        return web.json_response({"id": file_id, "object": "file", "deleted": True})
+
+    async def content(self, request: web.Request) -> web.StreamResponse:
+        fault = self.next_fault("content")
+        if (failure := await self.failure(fault, request)) is not None:
+            return failure
+        content = self.file_content(request)
+        if content is None:
+            return error_response(404, "no such file")
+        kept = {"empty": 0, "cut off": len(content) * 2 // 3}.get(fault, len(content))
+        return web.Response(body=content[:kept])
 
     # Batches
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         fault = self.next_fault("create")
-        if fault in ("429", "500"):
+        if fault in ("429", "500", "400"):
             failure = await self.failure(fault, request)
             assert failure is not None
             return failure
@@ -306,15 +347,19 @@ class MockAPI:
         }
         row = (facts["id"], json.dumps(facts), self.next_fault("batch"))
         self.db.execute("insert into batches values (?, ?, 0, ?)", row)
-        if fault == "reset":  # the batch exists, but its creator is not told
+        if fault:  # the batch exists, but its creator is not told
             failure = await self.failure(fault, request)
             assert failure is not None
             return failure
         return web.json_response(facts)
 
     async def list_batches(self, request: web.Request) -> web.StreamResponse:
-        """A page of batches, newest first."""
+        """A page of batches, newest first. The fault `lag` leaves out the newest one."""
+        fault = self.next_fault("list")
+        if (failure := await self.failure(fault, request)) is not None:
+            return failure
         rows = self.db.execute("select facts from batches order by rowid desc").fetchall()
+        rows = rows[1:] if fault == "lag" else rows
         batches = [json.loads(facts) for (facts,) in rows]
         if after := request.query.get("after"):
             ids = [batch["id"] for batch in batches]
@@ -344,14 +389,38 @@ class MockAPI:
             facts["status"] = "in_progress"
             # In one transaction: a server that is killed here must not charge for a batch again.
             self.db.execute("begin")
-            if polls >= POLLS:
+            if polls >= POLLS and fault != "slow":
                 facts |= self.end_batch(facts, fault)
+            elif fault == "slow":
+                counts = {"total": 40, "completed": polls, "failed": 0}
+                facts |= {"request_counts": counts, "expires_at": int(time.time()) + 7300}
             self.db.execute(
                 "update batches set facts = ?, polls = ? where id = ?",
                 (json.dumps(facts), polls, facts["id"]),
             )
             self.db.execute("commit")
+        elif facts["status"] == "cancelling":
+            facts |= self.end_batch(facts, "cancelled")
+            self.save_facts(facts)
+        if self.next_fault("results") == "no output id":
+            facts |= {"output_file_id": None}
         return web.json_response(facts)
+
+    async def cancel(self, request: web.Request) -> web.StreamResponse:
+        if (failure := await self.failure(self.next_fault("cancel"), request)) is not None:
+            return failure
+        batch_id = request.match_info["id"]
+        row = self.db.execute("select facts from batches where id = ?", (batch_id,)).fetchone()
+        facts = json.loads(row[0])
+        if facts["status"] not in ("validating", "in_progress"):
+            return error_response(409, f"Cannot cancel a batch with status '{facts['status']}'.")
+        facts["status"] = "cancelling"
+        self.save_facts(facts)
+        return web.json_response(facts)
+
+    def save_facts(self, facts: dict[str, Any]) -> None:
+        row = (json.dumps(facts), facts["id"])
+        self.db.execute("update batches set facts = ? where id = ?", row)
 
     def end_batch(self, facts: dict[str, Any], fault: str) -> dict[str, Any]:
         """The final facts of a batch: completed, unless its fault says otherwise."""
@@ -374,7 +443,11 @@ class MockAPI:
         elif fault == "nothing":
             done = []
         self.charge(request["body"] for request in done)
-        output = [output_line(request, "" if i else fault) for i, request in enumerate(done)]
+        only_first = fault not in ("all refused", "all long")
+        output = [
+            output_line(request, fault.removeprefix("all ") if i == 0 or not only_first else "")
+            for i, request in enumerate(done)
+        ]
         if fault == "duplicate":
             output.append(output_line(done[0], ""))
         if fault == "malformed":

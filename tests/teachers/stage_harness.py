@@ -63,6 +63,11 @@ KEYS_BY_KIND: dict[str, dict[str, Any]] = {
         "max_bytes_per_batch": 1_000_000,
         "max_concurrent_batches": 2,
         "poll_interval_seconds": 0.05,
+        "max_outage_seconds": 60.0,
+        "pilot_requests": 0,
+        "min_pilot_usable": 0.8,
+        "max_pilot_cost_ratio": 1.5,
+        "keep_files": False,
     },
     "vllm": {"context_length": 2048, "gpu_memory_utilization": 0.5, "request_batch_size": 64},
 }
@@ -143,6 +148,27 @@ class ServerProcess:
     def num_batches(self) -> int:
         with self._connect() as db:
             return db.execute("select count(*) from batches").fetchone()[0]
+
+    def batch_statuses(self) -> list[str]:
+        """The statuses of all batches, in the order of their creation."""
+        with self._connect() as db:
+            rows = db.execute("select facts from batches order by rowid")
+            return [json.loads(facts)["status"] for (facts,) in rows]
+
+    def batch_sizes(self) -> list[int]:
+        """The numbers of requests of all batches that have ended, in the order of creation."""
+        with self._connect() as db:
+            rows = db.execute("select facts from batches order by rowid")
+            return [json.loads(facts)["request_counts"]["total"] for (facts,) in rows]
+
+    def end_slow_batches(self) -> None:
+        """Let batches with the fault `slow` end like others."""
+        with self._connect() as db:
+            db.execute("update batches set fault = ''")
+
+    def num_files(self) -> int:
+        with self._connect() as db:
+            return db.execute("select count(*) from files").fetchone()[0]
 
     def num_events(self) -> int:
         """How many requests were received plus how many were processed, over all endpoints."""

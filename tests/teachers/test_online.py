@@ -14,8 +14,8 @@ import pytest
 from boltlm.errors import UserError, redact
 from boltlm.progress import Progress
 from boltlm.teachers.api_key import NO_KEY, read_api_key
-from boltlm.teachers.config import OpenAIChatConfig
 from boltlm.teachers.cost import CostBudget
+from boltlm.teachers.model_config import OpenAIChatConfig
 from boltlm.teachers.prompts import TeacherRequest
 from tests.teachers.server import KEY
 from tests.teachers.stage_harness import POLL_SECONDS, ServerProcess, TeacherStage, wait

@@ -15,8 +15,8 @@ from boltlm.errors import UserError
 from boltlm.evaluation.fewshot import PROMPT_FORMS
 from boltlm.fingerprint import fingerprint
 from boltlm.records import Chunk, Document, read_table
-from boltlm.teachers.config import OpenAIChatConfig, TeacherConfig, VLLMTeacherConfig
 from boltlm.teachers.cost import Prices
+from boltlm.teachers.model_config import OpenAIChatConfig, TeacherConfig, VLLMTeacherConfig
 from boltlm.teachers.prompts import (
     PARAPHRASE_STYLES,
     PromptTemplate,

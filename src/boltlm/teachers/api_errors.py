@@ -12,7 +12,7 @@ import openai
 from boltlm.errors import UserError, redact
 from boltlm.teachers.api_key import key_variable
 from boltlm.teachers.charges import CONNECTION, TIMEOUT
-from boltlm.teachers.config import APITeacherConfig
+from boltlm.teachers.model_config import APITeacherConfig
 
 # Status codes by which servers reject a single request, rather than all requests of this run.
 REJECTED_STATUS_CODES = (400, 413, 422)

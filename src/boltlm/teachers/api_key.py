@@ -7,7 +7,7 @@ from dotenv import dotenv_values
 
 from boltlm.errors import UserError, hide_secret
 from boltlm.shard_store import repository_path
-from boltlm.teachers.config import APITeacherConfig
+from boltlm.teachers.model_config import APITeacherConfig
 from boltlm.teachers.server_address import OPENAI_URL
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"

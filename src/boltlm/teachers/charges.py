@@ -5,6 +5,8 @@ One table, `charges`, in the file of the response cache. It is created when it i
 files of other versions can be read.
 """
 
+import sqlite3
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
@@ -59,7 +61,7 @@ def record_in_flight(cache: ResponseCache, teacher: str, usd: float) -> None:
 
 def adopt_in_flight(cache: ResponseCache, teacher: str) -> None:
     """Count what was in flight when an earlier run of a teacher was killed."""
-    if _has_table(cache):
+    if _has_table(cache.connection):
         with cache:
             cache.connection.execute(
                 "update charges set reason = ? where key = ? and reason = ?",
@@ -70,12 +72,28 @@ def adopt_in_flight(cache: ResponseCache, teacher: str) -> None:
 def read_charges(cache: ResponseCache) -> dict[str, list[Charge]]:
     """All charges by their key."""
     charges: dict[str, list[Charge]] = {}
-    if _has_table(cache):
-        query = "select key, reason, usd, estimated, message from charges"
-        for key, reason, usd, estimated, message in cache.connection.execute(query):
-            charge = Charge(key, reason, usd, bool(estimated), message)
-            charges.setdefault(key, []).append(charge)
+    for charge in select_charges(cache.connection):
+        charges.setdefault(charge.key, []).append(charge)
     return charges
+
+
+def select_charges(connection: sqlite3.Connection) -> list[Charge]:
+    """All charges in the file of a cache. Raises sqlite3.DatabaseError where it cannot be read."""
+    if not _has_table(connection):
+        return []
+    query = "select key, reason, usd, estimated, message from charges"
+    return [
+        Charge(key, reason, usd, bool(estimated), message)
+        for key, reason, usd, estimated, message in connection.execute(query)
+    ]
+
+
+def merge_charges(cache: ResponseCache, charges: Iterable[Charge]) -> None:
+    """Save the charges of another cache, without those that are here already."""
+    saved = Counter(charge for group in read_charges(cache).values() for charge in group)
+    new = list((Counter(charges) - saved).elements())
+    if new:
+        add_charges(cache, new)
 
 
 def _insert(cache: ResponseCache, charges: Iterable[Charge]) -> None:
@@ -86,6 +104,6 @@ def _insert(cache: ResponseCache, charges: Iterable[Charge]) -> None:
     )
 
 
-def _has_table(cache: ResponseCache) -> bool:
+def _has_table(connection: sqlite3.Connection) -> bool:
     query = "select 1 from sqlite_master where name = 'charges'"
-    return cache.connection.execute(query).fetchone() is not None
+    return connection.execute(query).fetchone() is not None

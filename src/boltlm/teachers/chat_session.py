@@ -32,13 +32,13 @@ from boltlm.teachers.api_errors import (
 from boltlm.teachers.cache_writer import CacheWriter
 from boltlm.teachers.charges import GIVEN_UP, MALFORMED, Charge, add_charges, record_in_flight
 from boltlm.teachers.completions import MalformedResponseError, parse_completion, reported_tokens
-from boltlm.teachers.config import OpenAIChatConfig
+from boltlm.teachers.model_config import OpenAIChatConfig
 from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.rate_limiter import RateLimiter, SentRequest
 from boltlm.teachers.requests import PendingRequest, RequestLedger
+from boltlm.teachers.server_address import IDEMPOTENCY_HEADER
 from boltlm.teachers.server_health import ServerHealth
 
-IDEMPOTENCY_HEADER = "Idempotency-Key"
 # The pause before a request is sent again, doubled with each try up to the maximum.
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 TIMEOUT_MARGIN_SECONDS = 0.5  # within which the client's own timeouts come first

@@ -3,7 +3,7 @@
 from typing import Any
 
 from boltlm.errors import redact_secrets
-from boltlm.teachers.config import APITeacherConfig
+from boltlm.teachers.model_config import APITeacherConfig
 from boltlm.teachers.response_cache import TeacherResponse
 from boltlm.teachers.response_checks import read_message
 
@@ -31,7 +31,7 @@ def parse_completion(
     no message.
     """
     try:
-        body = completion if isinstance(completion, dict) else completion.model_dump()
+        body = completion if isinstance(completion, dict) else completion.model_dump(warnings=False)
         choice = body["choices"][0]
         text, refusal = read_message(choice["message"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

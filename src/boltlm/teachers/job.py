@@ -1,24 +1,23 @@
 """A teacher model and a corpus: estimate the cost, send the open requests, write the tables."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from boltlm.errors import UserError, redact_secrets
+from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Paraphrase, TeacherLatent, read_shard, write_shard
 from boltlm.teachers.charges import GIVEN_UP, Charge, adopt_in_flight, read_charges
-from boltlm.teachers.config import (
+from boltlm.teachers.cost import NEGLIGIBLE_USD, CostBudget
+from boltlm.teachers.model_config import (
     APITeacherConfig,
     OpenAIBatchConfig,
     OpenAIChatConfig,
     VLLMTeacherConfig,
 )
-from boltlm.teachers.cost import NEGLIGIBLE_USD, CostBudget
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
 from boltlm.teachers.requests import (
     RequestFailure,
@@ -29,6 +28,7 @@ from boltlm.teachers.requests import (
 from boltlm.teachers.response_cache import ResponseCache
 from boltlm.teachers.response_checks import NO_ANSWER, ResponseChecks, SupportsEncode
 from boltlm.teachers.tables import (
+    count_responses,
     count_rows,
     describe_reasons,
     dropped_by_reason,
@@ -126,7 +126,7 @@ class TeacherJob:
                 requests = self._all_requests() if sample is None else sample
                 num_sent = client.run(ledger.pending(requests), ledger)
         if ledger.stop_error is not None:
-            _log(cache, str(ledger.stop_error) or f"{self.teacher}: interrupted")
+            cache.log(str(ledger.stop_error) or f"{self.teacher}: interrupted")
             raise ledger.stop_error
         return ledger
 
@@ -218,20 +218,16 @@ class TeacherJob:
                 f" ${budget.spent:.4f}{budget.describe_estimated()}, limit: ${budget.limit:.4f}"
             )
             if budget.spent + cost_usd > budget.limit:
-                _log(ledger.cache, f"{text}; refused")
+                ledger.cache.log(f"{text}; refused")
                 raise UserError(
                     f"{text}. This is above max_cost_usd, so nothing was sent; raise max_cost_usd"
                     " or use a smaller corpus"
                 )
         print(text, flush=True)
-        _log(ledger.cache, text)
+        ledger.cache.log(text)
 
     def _write_tables(
-        self,
-        cache: ResponseCache,
-        sent: RequestLedger,
-        encoder: SupportsEncode,
-        out: Path,
+        self, cache: ResponseCache, sent: RequestLedger, encoder: SupportsEncode, out: Path
     ) -> dict[str, int | float]:
         """Write one shard for each shard of chunks. `sent`: the ledger of the requests that were
         sent. Returns the metrics. Raises UserError where too many requests have no usable
@@ -255,7 +251,7 @@ class TeacherJob:
                 for request in self.shard_requests(path):
                     status = self._final_status(ledger, request)
                     if cache.is_first_occurrence(request.key):
-                        _count_responses(status, counts)
+                        count_responses(status, counts)
                         cost_usd += sum(response.cost_usd for response in status.responses)
                     if self.config.task == "latent":
                         latents.append(latent_row(request, status, encoder))
@@ -273,7 +269,7 @@ class TeacherJob:
             text += f", ${others_usd:.4f} for answers that were lost or malformed"
         text += sent.budget.describe_estimated()
         print(text, flush=True)
-        _log(cache, text)
+        cache.log(text)
         return {**counts, "cost_usd": cost_usd}
 
     def _final_status(self, ledger: RequestLedger, request: TeacherRequest) -> RequestStatus:
@@ -301,15 +297,3 @@ class TeacherJob:
                 f" response cache: raise max_failed_fraction or max_attempts{advice}, or remove the"
                 " cause, and run the stage again"
             )
-
-
-def _count_responses(status: RequestStatus, counts: Counter[str]) -> None:
-    counts["answers"] += len(status.responses)
-    counts["input_tokens"] += sum(response.input_tokens for response in status.responses)
-    counts["output_tokens"] += sum(response.output_tokens for response in status.responses)
-
-
-def _log(cache: ResponseCache, text: str) -> None:
-    """Append a line with the time to the log beside the response cache."""
-    with cache.path.with_suffix(".log").open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {redact_secrets(text)}\n")

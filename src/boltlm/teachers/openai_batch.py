@@ -2,40 +2,44 @@
 
 A batch is saved in the response cache before anything is sent, the id of its file before the batch
 is created, and a token of ours is part of the batch's metadata. A process that is killed at any
-moment therefore finds its batches again and creates none twice.
+moment therefore finds its batches again and creates none twice. A batch is forgotten only when all
+of its results have been read.
 """
 
-import json
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, cast
 
 import openai
-from openai.types import Batch as RemoteBatch
 
 from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.teachers.api_errors import to_user_error
 from boltlm.teachers.api_key import read_api_key
-from boltlm.teachers.completions import MalformedResponseError, parse_completion
-from boltlm.teachers.config import OpenAIBatchConfig
-from boltlm.teachers.openai_batch_files import make_custom_id, parse_custom_id, read_batch_lines
+from boltlm.teachers.model_config import OpenAIBatchConfig
+from boltlm.teachers.openai_batch_files import (
+    BatchResults,
+    IncompleteResultsError,
+    ResultsReader,
+)
+from boltlm.teachers.openai_batch_input import PeekableRequests, input_line
+from boltlm.teachers.openai_batch_pilot import Pilot
+from boltlm.teachers.openai_batch_progress import BatchProgress
+from boltlm.teachers.openai_batch_server import BatchServer, Outage, RemoteBatchState
 from boltlm.teachers.requests import PendingRequest, RequestLedger
-from boltlm.teachers.response_cache import PendingBatch, TeacherResponse
+from boltlm.teachers.response_cache import PendingBatch
 
-ENDPOINT: Literal["/v1/chat/completions"] = "/v1/chat/completions"
-METADATA_KEY = "boltlm"  # the key of our token in a batch's metadata
 TOO_MANY_TOKENS = "token_limit_exceeded"
-TERMINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
 
 _MAX_EMPTY_BATCHES = 3  # consecutive batches without any response, after which the run stops
-_MAX_MESSAGE_CHARACTERS = 200
 
-# What became of a batch: still in progress; it has ended and its responses are saved; or it failed
-# because the account may not enqueue so many tokens.
+# What became of a batch: still in progress, or its results cannot be read yet; it has ended and its
+# responses are saved; or it failed because the account may not enqueue so many tokens.
 _Outcome = Literal["in_progress", "ended", "too_many_tokens"]
 
 
@@ -46,47 +50,78 @@ class OpenAIBatchClient:
         self.config = config
         self.teacher = fingerprint(config.sampling_facts)
         self.api_key = read_api_key(config)
-        self.client: openai.OpenAI  # open during `run`
+        self.server: BatchServer  # open during `run`
         self.max_batch_requests = config.max_requests_per_batch
         self.queue_full = False  # no more tokens may be enqueued until a batch has ended
+        self.out_of_budget = self.is_cancelled = False
         self.empty_batches = 0
+        self.failures: Counter[str] = Counter()  # how often the server failed, by request
+        self.downloads: dict[str, Outage] = {}  # of results that cannot be read yet, by batch
+        self.pilot, self.progress = Pilot(config), BatchProgress()
+        self.expected_usd: dict[str, float] = {}  # of a response, by batch of this run
 
     def run(self, requests: Iterator[PendingRequest], ledger: RequestLedger) -> int:
         """See `TeacherClient.run`."""
+
+        def show_failure(message: str) -> None:
+            ledger.progress.note(f"{message}; trying again")
+            ledger.progress.advance(0)
+
         try:
             with openai.OpenAI(
                 api_key=self.api_key,
                 base_url=self.config.url,
                 max_retries=self.config.max_retries,
                 timeout=self.config.timeout_seconds,
-            ) as self.client:
-                return self._run(requests, ledger)
+            ) as client:
+                self.server = BatchServer(client, self.config, show_failure)
+                return self._run(PeekableRequests(requests), ledger)
         except openai.OpenAIError as error:
             raise to_user_error(error, self.config) from error
 
-    def _run(self, requests: Iterator[PendingRequest], ledger: RequestLedger) -> int:
+    def _run(self, queue: PeekableRequests, ledger: RequestLedger) -> int:
         """Keep as many batches in progress as allowed until all requests are sent and all results
         are read. Returns the number of batches."""
-        saved = ledger.cache.pending_batches(self.teacher)
-        in_progress = [self._resume(batch, ledger) for batch in saved]
-        for batch in in_progress:
-            ledger.budget.reserved += batch.expected_usd
+        in_progress: list[PendingBatch] = []
+        for batch in ledger.cache.pending_batches(self.teacher):
+            in_progress.append(self._resume(batch, ledger))
+            ledger.budget.reserved += in_progress[-1].max_usd
         count = len(in_progress)
-        queue = _PeekableRequests(requests)
         while True:
-            while not self.queue_full and len(in_progress) < self.config.max_concurrent_batches:
-                batch = self._submit(queue, ledger) if ledger.stop_error is None else None
+            while self._may_submit(len(in_progress), ledger):
+                batch = self._submit(queue, ledger)
                 if batch is None:
                     break
                 in_progress.append(batch)
                 count += 1
+            self._delete_files(ledger)
             if not in_progress:
                 return count
             outcomes: dict[str, _Outcome] = {b.token: self._poll(b, ledger) for b in in_progress}
             in_progress = [b for b in in_progress if outcomes[b.token] == "in_progress"]
             self._adapt_batch_size(set(outcomes.values()), ledger)
+            self._cancel_if_hopeless(in_progress, ledger)
+            texts = (f"${ledger.budget.spent:.4f}", self.progress.describe())
+            ledger.progress.note(", ".join(filter(None, texts)))
+            ledger.progress.advance(0)
             if "ended" not in outcomes.values():
                 time.sleep(self.config.poll_interval_seconds)
+
+    def _may_submit(self, num_in_progress: int, ledger: RequestLedger) -> bool:
+        """Whether another batch may be sent; nothing else while the pilot is in progress."""
+        limit = self.config.max_concurrent_batches if self.pilot.is_complete else 1
+        return ledger.stop_error is None and not self.queue_full and num_in_progress < limit
+
+    def _cancel_if_hopeless(self, in_progress: list[PendingBatch], ledger: RequestLedger) -> None:
+        """Where the run has stopped because of its responses, cancel the batches in progress: what
+        they have finished is still read, and the rest is not paid for."""
+        if ledger.stop_error is None or self.out_of_budget or self.is_cancelled:
+            return
+        self.is_cancelled = True
+        if in_progress:
+            print(f"{ledger.teacher}: cancelling {len(in_progress)} batches", flush=True)
+        for batch in in_progress:
+            self.server.cancel(batch.id)
 
     def _adapt_batch_size(self, outcomes: set[_Outcome], ledger: RequestLedger) -> None:
         """After a batch with too many tokens, submit none until another batch has ended. Where no
@@ -105,100 +140,70 @@ class OpenAIBatchClient:
             self.max_batch_requests = max(1, self.max_batch_requests // 2)
             self.queue_full = False
 
-    def _submit(self, queue: "_PeekableRequests", ledger: RequestLedger) -> PendingBatch | None:
+    def _submit(self, queue: PeekableRequests, ledger: RequestLedger) -> PendingBatch | None:
         """Write the next input file and create its batch. Returns None where no request is left or
         the budget does not allow another one."""
+        max_requests = self.max_batch_requests
+        if not self.pilot.is_complete:
+            max_requests = min(max_requests, self.config.pilot_requests)
         with tempfile.TemporaryFile() as file:
             batch_requests: list[PendingRequest] = []
-            expected_usd = 0.0
-            while len(batch_requests) < self.max_batch_requests:
+            max_usd = expected_usd = 0.0
+            while len(batch_requests) < max_requests:
                 pending = queue.peek()
                 if pending is None:
                     break
-                line = self._input_line(pending)
+                line = input_line(pending, self.config)
                 if batch_requests and file.tell() + len(line) > self.config.max_bytes_per_batch:
                     break
                 request_usd = self.config.max_usd(pending.request)
                 if not ledger.budget.reserve(request_usd):
                     if not ledger.budget.fits_alone(request_usd):
                         ledger.stop(ledger.budget.exceeded_error(ledger.teacher))
+                        self.out_of_budget = True
                     break  # or wait until other batches have ended
-                expected_usd += request_usd
+                max_usd += request_usd
+                expected_usd += self.config.expected_usd(pending.request)
                 file.write(line)
                 batch_requests.append(queue.pop())
             if not batch_requests:
                 return None
-            batch = PendingBatch(uuid.uuid4().hex, self.teacher, "", "", expected_usd)
+            batch = PendingBatch(uuid.uuid4().hex, self.teacher, "", "", max_usd)
+            self.expected_usd[batch.token] = expected_usd / len(batch_requests)
             keys = [(pending.request.key, pending.attempt) for pending in batch_requests]
             ledger.cache.add_batch(batch, keys)
             return self._create_from_file(batch, cast(BinaryIO, file), ledger)
-
-    def _input_line(self, pending: PendingRequest) -> bytes:
-        request = {
-            "custom_id": make_custom_id(pending.request.key, pending.attempt),
-            "method": "POST",
-            "url": ENDPOINT,
-            "body": self.config.request_body(pending.request, pending.attempt),
-        }
-        return json.dumps(request, ensure_ascii=False).encode() + b"\n"
 
     def _create_from_file(
         self, batch: PendingBatch, file: BinaryIO, ledger: RequestLedger
     ) -> PendingBatch:
         """Upload the input file and create the batch; each id is saved as soon as it is known."""
-        file.seek(0)
-        remote_file = self.client.files.create(
-            file=(f"boltlm-{batch.token}.jsonl", file), purpose="batch"
-        )
-        batch = replace(batch, file=remote_file.id)
+        batch = replace(batch, file=self.server.upload(batch.token, file))
         ledger.cache.update_batch(batch.token, file=batch.file, id="")
-        return self._save_id(batch, self._create(batch), ledger)
+        return self._save_id(batch, self.server.create(batch.token, batch.file), ledger)
 
     def _resume(self, batch: PendingBatch, ledger: RequestLedger) -> PendingBatch:
         """Bring a batch of a killed run to the point where it exists at the server.
 
-        If its file was not uploaded completely, the batch is given up and its requests are sent
-        again. If its id was not saved, it is searched for, and created where it does not exist.
+        If its file was not uploaded completely or is gone, the batch is given up and its requests
+        are sent again. If its id was not saved, it is searched for, and created where it does not
+        exist.
         """
         if batch.id:
             return batch
-        if not batch.file:
-            ledger.cache.complete_batch(batch.token, [])
-            return replace(batch, expected_usd=0.0)
-        return self._save_id(batch, self._find(batch) or self._create(batch), ledger)
+        batch_id = self.server.find(batch.token) if batch.file else None
+        if batch.file and batch_id is None:
+            # Refused only where the file has expired or was deleted.
+            with suppress(openai.BadRequestError, openai.NotFoundError):
+                batch_id = self.server.create(batch.token, batch.file)
+        if batch_id is not None:
+            return self._save_id(batch, batch_id, ledger)
+        ledger.cache.complete_batch(batch, [])
+        return replace(batch, max_usd=0.0)
 
-    def _save_id(
-        self, batch: PendingBatch, remote: RemoteBatch, ledger: RequestLedger
-    ) -> PendingBatch:
-        ledger.cache.update_batch(batch.token, file=batch.file, id=remote.id)
-        return replace(batch, id=remote.id)
-
-    def _create(self, batch: PendingBatch) -> RemoteBatch:
-        """Create the batch exactly once. The client's own retries are switched off: after an error
-        the batch may exist all the same, so it is searched for before each retry."""
-        client = self.client.with_options(max_retries=0)
-        for retry in range(self.config.max_retries + 1):
-            try:
-                return client.batches.create(
-                    completion_window="24h",
-                    endpoint=ENDPOINT,
-                    input_file_id=batch.file,
-                    metadata={METADATA_KEY: batch.token},
-                )
-            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError):
-                if retry == self.config.max_retries:
-                    raise
-                time.sleep(min(2.0**retry, self.config.poll_interval_seconds))
-            if (remote := self._find(batch)) is not None:
-                return remote
-        raise AssertionError("the loop returns or raises")
-
-    def _find(self, batch: PendingBatch) -> RemoteBatch | None:
-        """The batch at the server whose metadata hold our token, or None."""
-        for remote in self.client.batches.list(limit=100):
-            if (remote.metadata or {}).get(METADATA_KEY) == batch.token:
-                return remote
-        return None
+    def _save_id(self, batch: PendingBatch, batch_id: str, ledger: RequestLedger) -> PendingBatch:
+        ledger.cache.update_batch(batch.token, file=batch.file, id=batch_id)
+        return replace(batch, id=batch_id)
 
     def _poll(self, batch: PendingBatch, ledger: RequestLedger) -> _Outcome:
         """Look up a batch. If it has ended, save its responses; its other requests may then be sent
@@ -206,25 +211,57 @@ class OpenAIBatchClient:
         if not batch.id:
             return "ended"  # given up in `_resume`
         remote = self._retrieve(batch, ledger)
-        if remote.status not in TERMINAL_STATUSES:
-            counts = remote.request_counts
-            completed = f", {counts.completed}/{counts.total} of a batch" if counts else ""
-            ledger.progress.note(f"${ledger.budget.spent:.4f}{completed}")
+        self.progress.update(remote)
+        if not remote.has_ended:
             return "in_progress"
-        responses, rejected = self._read_results(remote, ledger.cache.batch_requests(batch.token))
-        ledger.cache.complete_batch(batch.token, responses)
-        ledger.budget.settle(batch.expected_usd, sum(response.cost_usd for response in responses))
+        requests = ledger.cache.batch_requests(batch.token)
+        max_usd = batch.max_usd / max(1, len(requests))
+        try:
+            results = ResultsReader(self.server, self.config).read(remote, requests, max_usd)
+        except IncompleteResultsError as error:
+            message = f"{ledger.teacher}: batch {remote.id} has ended, but {error}"
+            self.server.on_failure(message)
+            self.downloads.setdefault(batch.token, Outage(self.config)).failed(message)
+            return "in_progress"
+        expected_usd = self.expected_usd.pop(batch.token, max_usd)
+        self.pilot.add(list(results.responses.values()), len(results.rejected), expected_usd)
+        self._save_results(batch, remote, results, ledger)
+        if any(code == TOO_MANY_TOKENS for code, _ in remote.errors):
+            return "too_many_tokens"
+        self._check_batch(remote, results, ledger)
+        return "ended"
+
+    def _save_results(
+        self,
+        batch: PendingBatch,
+        remote: RemoteBatchState,
+        results: BatchResults,
+        ledger: RequestLedger,
+    ) -> None:
+        responses = list(results.responses.values())
+        files = (
+            [] if self.config.keep_files else [batch.file, remote.output_file, remote.error_file]
+        )
+        ledger.cache.complete_batch(batch, responses, remote_files=filter(None, files))
+        ledger.budget.settle(batch.max_usd, sum(response.cost_usd for response in responses))
         for response in responses:
             ledger.record(response)
-        for key, message in rejected.items():
+        for (key, _), message in results.rejected.items():
             ledger.reject(key, message)
-        errors = (remote.errors.data if remote.errors else None) or []
-        if any(error.code == TOO_MANY_TOKENS for error in errors):
-            return "too_many_tokens"
-        if remote.status == "failed" and errors:
-            messages = "; ".join(filter(None, (error.message for error in errors[:3])))
+        for (key, _), message in results.failed.items():
+            self.failures[key] += 1
+            if self.failures[key] >= ledger.max_attempts:
+                ledger.reject(key, message)
+
+    def _check_batch(
+        self, remote: RemoteBatchState, results: BatchResults, ledger: RequestLedger
+    ) -> None:
+        """Stop the run where the batch, the batches before it or the pilot make it hopeless."""
+        if remote.status == "failed" and remote.errors:
+            messages = "; ".join(message for _, message in remote.errors[:3])
             ledger.stop(UserError(f"{ledger.teacher}: the batch {remote.id} failed: {messages}"))
-        self.empty_batches = 0 if responses or rejected else self.empty_batches + 1
+        has_results = results.responses or results.rejected or results.failed
+        self.empty_batches = 0 if has_results else self.empty_batches + 1
         if self.empty_batches >= _MAX_EMPTY_BATCHES:
             ledger.stop(
                 UserError(
@@ -233,11 +270,13 @@ class OpenAIBatchClient:
                     " then run the stage again"
                 )
             )
-        return "ended"
+        verdict = self.pilot.judge(ledger.teacher)
+        if verdict is not None:
+            ledger.stop(verdict)
 
-    def _retrieve(self, batch: PendingBatch, ledger: RequestLedger) -> RemoteBatch:
+    def _retrieve(self, batch: PendingBatch, ledger: RequestLedger) -> RemoteBatchState:
         try:
-            return self.client.batches.retrieve(batch.id)
+            return self.server.retrieve(batch.id)
         except openai.NotFoundError as error:
             condition = f"where token = '{batch.token}'"
             raise UserError(
@@ -247,49 +286,10 @@ class OpenAIBatchClient:
                 f' "delete from asked {condition}; delete from batches {condition}"'
             ) from error
 
-    def _read_results(
-        self, remote: RemoteBatch, requests: set[tuple[str, int]]
-    ) -> tuple[list[TeacherResponse], dict[str, str]]:
-        """The responses to `requests` in a batch's output and error files, and the messages for
-        rejected requests by key. Requests that are in neither, or whose line cannot be parsed, are
-        sent again later."""
-        responses: dict[tuple[str, int], TeacherResponse] = {}
-        rejected: dict[str, str] = {}
-        for file_id in filter(None, (remote.output_file_id, remote.error_file_id)):
-            for line in read_batch_lines(self.client, file_id, self.config.max_retries):
-                request_id = parse_custom_id(line)
-                if request_id is None or request_id not in requests:
-                    continue
-                http_response = line.get("response") or {}
-                body, status = http_response.get("body") or {}, http_response.get("status_code")
-                if status == 200:
-                    try:
-                        response = parse_completion(body, self.config, *request_id, batch=remote.id)
-                    except MalformedResponseError:
-                        continue
-                    responses.setdefault(request_id, response)
-                elif status is not None and 400 <= status < 500 and status != 429:
-                    error = body.get("error") or {}
-                    message = str(error.get("message") or status)
-                    rejected[request_id[0]] = message[:_MAX_MESSAGE_CHARACTERS]
-        return list(responses.values()), rejected
-
-
-class _PeekableRequests:
-    """An iterator of requests whose next element can be read without consuming it."""
-
-    def __init__(self, requests: Iterator[PendingRequest]) -> None:
-        self.requests = requests
-        self.next: PendingRequest | None = None
-
-    def peek(self) -> PendingRequest | None:
-        """The next request, or None where there is none."""
-        if self.next is None:
-            self.next = next(self.requests, None)
-        return self.next
-
-    def pop(self) -> PendingRequest:
-        """Consume the request that `peek` has returned."""
-        request, self.next = self.next, None
-        assert request is not None
-        return request
+    def _delete_files(self, ledger: RequestLedger) -> None:
+        """Delete the files of finished batches at the server; those that cannot be deleted now are
+        remembered."""
+        files = [] if self.config.keep_files else ledger.cache.remote_files(self.teacher)
+        for file in files:
+            if self.server.delete_file(file):
+                ledger.cache.forget_remote_file(file)

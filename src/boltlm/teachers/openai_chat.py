@@ -11,7 +11,7 @@ import openai
 from boltlm.teachers.api_key import read_api_key
 from boltlm.teachers.cache_writer import CacheWriter
 from boltlm.teachers.chat_session import ChatSession
-from boltlm.teachers.config import OpenAIChatConfig
+from boltlm.teachers.model_config import OpenAIChatConfig
 from boltlm.teachers.rate_limiter import RateLimiter
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 

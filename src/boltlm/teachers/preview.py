@@ -9,15 +9,9 @@ import pyarrow.parquet as pq
 
 from boltlm.errors import UserError
 from boltlm.records import shard_paths
-from boltlm.teachers.config import (
-    APITeacherConfig,
-    DatasetTeacherConfig,
-    ImportTeacherConfig,
-    OpenAIBatchConfig,
-    OpenAIChatConfig,
-    TeacherSettings,
-)
+from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
 from boltlm.teachers.job import ModelTeacher, TeacherJob
+from boltlm.teachers.model_config import APITeacherConfig, OpenAIBatchConfig, OpenAIChatConfig
 from boltlm.teachers.prompts import LATENT_RATIO, TeacherRequest
 from boltlm.teachers.requests import RequestFailure
 from boltlm.teachers.response_cache import ResponseCache, TeacherResponse

@@ -5,6 +5,8 @@ from urllib.parse import urlsplit
 from boltlm.errors import UserError
 
 OPENAI_URL = "https://api.openai.com/v1"
+# Of the header with a key that is the same whenever a request is repeated.
+IDEMPOTENCY_HEADER = "Idempotency-Key"
 
 
 def check_base_url(base_url: str) -> None:

@@ -14,7 +14,7 @@ from boltlm.teachers.api_errors import ErrorKind, error_kind
 from boltlm.teachers.cache_writer import CacheWriter
 from boltlm.teachers.charges import PROBE, Charge, add_charges
 from boltlm.teachers.completions import MalformedResponseError, parse_completion, reported_tokens
-from boltlm.teachers.config import OpenAIChatConfig
+from boltlm.teachers.model_config import OpenAIChatConfig
 from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.requests import RequestLedger
 

@@ -23,6 +23,13 @@ def count_rows(rows: Sequence[TeacherLatent | Paraphrase], counts: Counter[str])
             counts["latent_tokens"] += len(row.tokens or ())
 
 
+def count_responses(status: RequestStatus, counts: Counter[str]) -> None:
+    """Add the responses to a request and their tokens to the stage's metrics."""
+    counts["answers"] += len(status.responses)
+    counts["input_tokens"] += sum(response.input_tokens for response in status.responses)
+    counts["output_tokens"] += sum(response.output_tokens for response in status.responses)
+
+
 def dropped_by_reason(counts: Mapping[str, int]) -> dict[str, int]:
     """The number of rows without a text, by reason."""
     return {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from boltlm.errors import UserError
-from boltlm.teachers.config import VLLMTeacherConfig
+from boltlm.teachers.model_config import VLLMTeacherConfig
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 from boltlm.teachers.response_cache import TeacherResponse
 

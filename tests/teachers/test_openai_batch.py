@@ -1,0 +1,249 @@
+"""Batches: outages, bad downloads, a pilot, cancelling, files at the server, and progress."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from boltlm.errors import UserError
+from boltlm.teachers.model_config import OpenAIBatchConfig
+from boltlm.teachers.openai_batch_pilot import Pilot
+from boltlm.teachers.openai_batch_progress import BatchProgress, format_duration
+from boltlm.teachers.openai_batch_server import RemoteBatchState
+from boltlm.teachers.response_cache import TeacherResponse
+from tests.teachers.stage_harness import ServerProcess, TeacherStage
+
+MakeStage = Callable[..., TeacherStage]
+QUICK: dict[str, Any] = {"max_retries": 0, "poll_interval_seconds": 0.02}
+
+
+@pytest.mark.parametrize("fault", ["html", "empty", "cut off", "500", "no output id"])
+def test_a_bad_download_is_repeated_and_nothing_is_bought_again(
+    fault: str, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """The responses are paid for when the batch ends, whatever its first downloads look like."""
+    server.fail("results" if fault == "no output id" else "content", *[fault] * 4)
+    make_stage().configure("openai_batch", server, **QUICK).run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+def test_results_that_stay_bad_stop_the_run_and_are_read_by_a_later_one(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """The batch stays in the cache, so that nothing is sent again."""
+    server.fail("content", *["html"] * 1000)
+    stage = make_stage().configure("openai_batch", server, **QUICK, max_outage_seconds=0.5)
+    with pytest.raises(UserError, match=r"has 0 results and 1 damaged lines.*Nothing is lost"):
+        stage.run_in_process()
+    assert stage.num_saved_batch_ids() == 2
+    server.clear_faults()
+    stage.run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+@pytest.mark.parametrize("endpoint", ["upload", "create", "poll", "list"])
+@pytest.mark.parametrize("fault", ["html", "500", "no fields"])
+def test_an_outage_is_waited_for(
+    endpoint: str, fault: str, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """It is longer than the client's own retries, and may look like success. A batch whose creation
+    seems to have failed is found again."""
+    faults = 3 if endpoint == "create" else 6
+    if endpoint == "list":  # batches are listed after a creation that seems to have failed
+        server.fail("create", "html")
+    server.fail(endpoint, *[fault] * faults)
+    make_stage().configure("openai_batch", server, **QUICK).run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+def test_an_outage_that_lasts_too_long_ends_the_run(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """With one message; the next run goes on with the same batches."""
+    server.fail("poll", *["500"] * 1000)
+    stage = make_stage().configure("openai_batch", server, **QUICK, max_outage_seconds=0.5)
+    with pytest.raises(UserError, match=r"status 500, for max_outage_seconds 0\.5"):
+        stage.run_in_process()
+    server.clear_faults()
+    stage.run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_created_batch_is_found_although_the_list_lags(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """The answer to its creation is lost, and the first lists do not hold it."""
+    server.fail("create", "reset")
+    server.fail("list", *["lag"] * 6)
+    stage = make_stage().configure(
+        "openai_batch", server, **QUICK, max_requests_per_batch=1000, max_concurrent_batches=1
+    )
+    stage.run_in_process()
+    assert server.num_batches() == 1
+    assert set(server.answered().values()) == {1}
+
+
+@pytest.mark.parametrize("fault", ["no usage", "infinite usage", "huge usage"])
+def test_impossible_usage_is_replaced_by_the_estimate(
+    fault: str, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """The response is used, and costs what was expected."""
+    stage = make_stage().configure("openai_batch", server, max_requests_per_batch=1000)
+    requests = {request.key: request for request in stage.requests()}
+    config = stage.config
+    assert isinstance(config, OpenAIBatchConfig)
+    server.fail("batch", fault)
+    counts = stage.run_in_process()
+    mean_expected = math.fsum(map(config.expected_usd, requests.values())) / len(requests)
+    others = (len(requests) - 1) * 13.5e-6
+    assert counts["cost_usd"] == pytest.approx(others + mean_expected)
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_malformed_response_is_an_attempt_that_costs(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """It was paid for, and is not requested more than max_attempts times."""
+    server.fail("batch", *["no completion"] * 2)
+    stage = make_stage().configure(
+        "openai_batch", server, max_requests_per_batch=1000, max_attempts=2, max_failed_fraction=0.5
+    )
+    counts = stage.run_in_process()
+    assert counts["dropped_incomplete"] == 1
+    assert sorted(server.answered().values())[-2:] == [1, 2]
+
+
+def test_a_request_that_always_fails_does_not_block_the_others(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """After max_attempts it is a failure like any other."""
+    server.fail("batch", *["errors"] * 3)
+    stage = make_stage().configure(
+        "openai_batch", server, max_requests_per_batch=1000, max_failed_fraction=0.5
+    )
+    assert stage.run_in_process()["dropped_rejected"] == 2
+    assert server.num_batches() == 3
+
+
+def test_a_good_pilot_is_followed_by_the_rest(make_stage: MakeStage, server: ServerProcess) -> None:
+    """The first batch has as many requests as the pilot, and no other is sent before it ends."""
+    stage = make_stage().configure(
+        "openai_batch", server, pilot_requests=4, max_requests_per_batch=1000
+    )
+    server.fail("batch", "slow")
+    assert stage.kill_when(lambda: "in_progress" in server.batch_statuses())
+    assert server.num_batches() == 1
+    server.end_slow_batches()
+    stage.run_in_process()
+    assert server.batch_sizes() == [4, len(stage.digests()) - 4]
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_bad_pilot_stops_the_run(make_stage: MakeStage, server: ServerProcess) -> None:
+    """By its usable responses or by their cost; the rest is not sent."""
+    server.fail("batch", "all refused")
+    stage = make_stage("refused").configure("openai_batch", server, pilot_requests=6)
+    with pytest.raises(UserError, match=r"6 have no usable response \(6 refused\)"):
+        stage.run_in_process()
+    assert sum(server.answered().values()) == 6
+    server.fail("batch", "all long")
+    stage = make_stage("very long").configure("openai_batch", server, pilot_requests=6)
+    with pytest.raises(UserError, match=r"2\.\d+ times .* has 200 tokens on average"):
+        stage.run_in_process()
+    assert sum(server.answered().values()) == 12
+
+
+def test_the_verdict_on_a_pilot(make_stage: MakeStage) -> None:
+    """It comes with half of the responses, and a usable fraction at the limit passes."""
+    config = make_stage().configure("openai_batch", None, pilot_requests=10).config
+    assert isinstance(config, OpenAIBatchConfig)
+    usable = TeacherResponse("k", 0, "text", "stop", 1, 2, 1.4, "m")
+    unusable = TeacherResponse("k", 0, "", "length", 1, 2, 1.4, "m")
+    pilot = Pilot(config)
+    pilot.add([usable] * 4, 0, 1.0)
+    assert pilot.judge("t") is None
+    assert not pilot.is_complete
+    pilot.add([unusable], 0, 1.0)
+    assert pilot.judge("t") is None
+    assert pilot.is_complete
+    pilot = Pilot(config)
+    pilot.add([usable] * 4, 2, 1.0)
+    assert "2 rejected" in str(pilot.judge("t"))
+
+
+def test_a_hopeless_run_cancels_its_open_batches(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """What they have finished is read; the other requests are never processed."""
+    server.fail("batch", "all refused", "slow")
+    server.fail("cancel", "500")
+    stage = make_stage(documents=60).configure(
+        "openai_batch", server, max_requests_per_batch=30, **QUICK
+    )
+    with pytest.raises(UserError, match="20 refused"):
+        stage.run_in_process()
+    assert server.batch_statuses() == ["completed", "cancelled"]
+    assert sum(server.answered().values()) == 30 + 15
+    assert len(stage.saved_keys()) == 45
+
+
+@pytest.mark.parametrize("keep_files", [False, True])
+def test_files_at_the_server_are_deleted_when_responses_are_saved(
+    keep_files: bool, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Input, output and error files, also where a first attempt to delete one fails."""
+    server.fail("delete", "500")
+    server.fail("batch", "errors")
+    stage = make_stage().configure("openai_batch", server, **QUICK, keep_files=keep_files)
+    stage.run_in_process()
+    assert server.num_files() == (2 * server.num_batches() + 1 if keep_files else 0)
+
+
+def test_progress_shows_the_batch_and_the_remaining_time() -> None:
+    """By the speed since the batch was first seen; before that, by when it expires."""
+    now = [1000.0]
+    progress = BatchProgress(clock=lambda: now[0])
+
+    def update(name: str, completed: int, status: str = "in_progress") -> None:
+        state = RemoteBatchState(name, None, status, completed, 40, expires_at=1000.0 + 86_400)
+        progress.update(state)
+
+    assert progress.describe() == ""
+    update("a", 0)
+    assert progress.describe() == "0/40 of the batch, at most 1 day left"
+    now[0] += 1000
+    update("a", 5)
+    assert progress.describe() == "5/40 of the batch, 2 h left"
+    update("b", 10)
+    assert progress.describe() == "15/80 of 2 batches, at most 24 h left"
+    update("a", 40, "completed")
+    now[0] += 90
+    update("b", 20)
+    assert progress.describe() == "20/40 of the batch, 3 min left"
+
+
+def test_durations_are_shown_in_their_largest_unit() -> None:
+    """Of days, hours, minutes and seconds."""
+    seconds = [5, 59, 60, 3599, 3600, 86_400, 200_000]
+    assert [format_duration(s) for s in seconds] == [
+        "5 s",
+        "59 s",
+        "1 min",
+        "60 min",
+        "1 h",
+        "1 day",
+        "2 days",
+    ]
+
+
+def test_progress_is_printed_while_a_batch_is_in_progress(
+    make_stage: MakeStage, server: ServerProcess, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Although no response arrives meanwhile."""
+    server.fail("batch", "slow")
+    server.fail("poll", *[""] * 3, "400")
+    stage = make_stage().configure("openai_batch", server, **QUICK, max_concurrent_batches=1)
+    with pytest.raises(UserError, match="this went wrong"):
+        stage.run_in_process()
+    assert "3/40 of the batch" in capfd.readouterr().err
