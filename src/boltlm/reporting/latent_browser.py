@@ -43,6 +43,13 @@ def ordered_entries(settings: ReportSettings) -> dict[str, int | None]:
     return {**iterations, **{name: None for name in settings.latents if name not in iterations}}
 
 
+def corpus_sample(settings: HtmlReportSettings, chunks: Path, corpus: str) -> Shards:
+    """The documents of a corpus that the browser shows unless others are named; `chunks`: the
+    folder of its chunks."""
+    random = generator(settings.seed, "report", corpus)
+    return sampled_documents(chunks, settings.report.documents, random)
+
+
 def browser_data(
     settings: HtmlReportSettings, folders: DataFolders, wanted: Mapping[str, Shards] | None = None
 ) -> dict[str, Any]:
@@ -67,9 +74,7 @@ def browser_data(
         if not chunks.is_dir():
             notes.append(f"{chunks} is not on this machine (dvc pull gets it).")
             continue
-        random = generator(settings.seed, "report", corpus)
-        count = settings.report.documents
-        shards = wanted[corpus] if wanted else sampled_documents(chunks, count, random)
+        shards = wanted[corpus] if wanted else corpus_sample(settings, chunks, corpus)
         names = [name for name in present if settings.latents[name].corpus == corpus]
         reader = _CorpusReader(settings, folders, corpus, names)
         documents += reader.documents(shards, order)
