@@ -246,8 +246,9 @@ def _evaluation_warnings(results: Results) -> list[str]:
 def _data_warnings(settings: HtmlReportSettings, metrics: Path) -> list[str]:
     warnings: list[str] = []
     split = read_numbers(metrics / "split.json")
+    is_dropped = any(key.endswith("/dropped_contaminated") for key in split)
     for key, value in split.items():
-        if key.endswith("/overlapping_items") and value > 0:
+        if key.endswith("/overlapping_items") and value > 0 and not is_dropped:
             measured = key.split("/")[1]
             total = split.get(f"contamination/{measured}/items", 0)
             warnings.append(
