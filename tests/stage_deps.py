@@ -18,6 +18,7 @@ SCRIPT = re.compile(r"stages/\w+\.py")
 # Data files of the package that modules read: the code that reads them, and what it reads.
 PACKAGE_DATA = {
     "boltlm.evaluation.downstream": "src/boltlm/evaluation/tasks",
+    "boltlm.reporting.html_report": "src/boltlm/reporting/report.html",
 }
 
 

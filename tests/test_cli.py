@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(sys.executable).with_name("boltlm")
-COMMANDS = ("compare", "seeds", "teacher preview", "verify-weights")
+COMMANDS = ("compare", "seeds", "teacher preview", "verify-weights", "browse")
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -46,6 +46,7 @@ def test_the_help_of_a_command_shows_an_example(tmp_path: Path, name: str) -> No
             ("verify-weights", "--model", "models/em1", "--chunks", "data/chunks/em"),
             "params.yaml: no such params file",
         ),
+        (("browse", "data/latents/em1"), "params.yaml: no such params file"),
     ],
 )
 def test_what_a_user_did_wrong_is_one_line(

@@ -85,6 +85,8 @@ def test_the_graph_runs_and_leaves_every_artefact(finished: Path) -> None:
         assert ("elbo_per_token_se" in measured) == (model != "raw_flops")
     assert (finished / "metrics" / "figures" / "report.md").is_file()
     assert (finished / "metrics" / "figures" / "training.png").is_file()
+    page = (finished / "reports" / "workspace" / "index.html").read_text("utf-8")
+    assert "The EM chain warmstart → em1 → em2 has 2 iterations" in page
 
 
 @pytest.mark.timeout(3600)
@@ -212,7 +214,7 @@ def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
         status = json.loads(run(finished, "dvc", "status", "--json"))
     finally:
         (finished / "params.yaml").write_text(params)
-    always = {"figures", "track"}  # they depend on every metrics file
+    always = {"figures", "report", "track"}  # they depend on every metrics file
     assert set(status) - always == {"latents@em1", "latents@em2"}
 
 

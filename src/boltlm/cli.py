@@ -53,6 +53,14 @@ examples:
   boltlm cache export responses.jsonl    # write what can be read, also of a damaged cache
   boltlm cache import responses.jsonl    # add an export, or a copy of another cache"""
 
+BROWSE_EXAMPLE = """\
+example:
+  boltlm browse data/latents/em2
+  boltlm browse data/latents/em2 --doc reckoning-train-1-4-of-4-00000005
+
+Serves a page on 127.0.0.1 with documents, all their draws in every iteration, and what each token
+gains by the latent. Without --doc it shows a sample, as the section `report` says."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherPromptsSettings:
@@ -83,6 +91,7 @@ def _run_command() -> None:
     _add_seeds(commands)
     _add_verify_weights(commands)
     _add_cache(commands)
+    _add_browse(commands)
     args = parser.parse_args()
     args.run(args)
 
@@ -254,3 +263,24 @@ def _cache(args: argparse.Namespace) -> None:
         print(cache_transfer.export_cache(args.cache, args.file))
     else:
         print(cache_transfer.import_cache(args.cache, args.file))
+
+
+def _add_browse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = "show documents with their latents in a web browser"
+    parser = _add(commands, "browse", summary, BROWSE_EXAMPLE, _browse)
+    parser.add_argument("latents", type=Path, help="data/latents/<entry>")
+    parser.add_argument(
+        "--doc", nargs="+", action="extend", default=[], metavar="ID", help="ids of documents"
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--models", type=Path, default=Path("models"), help="the folder of models")
+    parser.add_argument("--port", type=int, default=0, help="0: any free one (default)")
+
+
+def _browse(args: argparse.Namespace) -> None:
+    from boltlm.reporting.browse_server import browser_page, serve
+    from boltlm.reporting.html_config import HtmlReportSettings
+
+    settings = load_settings(HtmlReportSettings, args.params)
+    browser_page(settings, args.latents, args.models, args.doc)  # what is wrong is said now
+    serve(lambda ids: browser_page(settings, args.latents, args.models, ids), args.doc, args.port)
