@@ -224,7 +224,8 @@ class OpenAIBatchClient:
             self.downloads.setdefault(batch.token, Outage(self.config)).failed(message)
             return "in_progress"
         expected_usd = self.expected_usd.pop(batch.token, max_usd)
-        self.pilot.add(list(results.responses.values()), len(results.rejected), expected_usd)
+        responses = list(results.responses.values())
+        self.pilot.add(responses, ledger.checks, len(results.rejected), expected_usd)
         self._save_results(batch, remote, results, ledger)
         if any(code == TOO_MANY_TOKENS for code, _ in remote.errors):
             return "too_many_tokens"

@@ -13,7 +13,7 @@ from boltlm.teachers.model_config import OpenAIBatchConfig
 from boltlm.teachers.openai_batch_server import BatchServer, RemoteBatchState
 from boltlm.teachers.response_cache import TeacherResponse
 
-MALFORMED = "malformed"  # the `finish` of a response that is not a chat completion
+_MALFORMED = "malformed"  # the `finish` of a response that is not a chat completion
 _MAX_MESSAGE_CHARACTERS = 200
 _MAX_ATTEMPT_DIGITS = 6
 
@@ -102,7 +102,7 @@ class ResultsReader:
             response = parse_completion(body, self.config, *request, batch=batch_id)
         except MalformedResponseError:
             response = TeacherResponse(
-                *request, "", MALFORMED, 0, 0, cost_usd, self.config.model, batch_id
+                *request, "", _MALFORMED, 0, 0, cost_usd, self.config.model, batch_id
             )
         if response.input_tokens == 0:  # not reported
             response = replace(response, cost_usd=cost_usd)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from boltlm.errors import UserError
 from boltlm.teachers.model_config import OpenAIBatchConfig
-from boltlm.teachers.requests import REJECTED, unusable_reason
 from boltlm.teachers.response_cache import TeacherResponse
+from boltlm.teachers.response_checks import REJECTED, ResponseChecks
 
 
 @dataclass(slots=True)
@@ -28,11 +28,15 @@ class Pilot:
         self.is_complete = self.config.pilot_requests == 0
 
     def add(
-        self, responses: Sequence[TeacherResponse], num_rejected: int, expected_usd: float
+        self,
+        responses: Sequence[TeacherResponse],
+        checks: ResponseChecks,
+        num_rejected: int,
+        expected_usd: float,
     ) -> None:
         """Count the results of a batch. `expected_usd`: the expected cost of one response."""
         for response in responses:
-            reason = unusable_reason(response)
+            reason = checks.unusable_reason(response, None)
             self.usable += reason is None
             if reason is not None:
                 self.unusable[reason] += 1
