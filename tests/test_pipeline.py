@@ -249,7 +249,7 @@ def test_another_training_seed_is_one_more_training(finished: Path, tmp_path: Pa
 def test_a_changed_input_file_is_noticed(finished: Path, tmp_path: Path) -> None:
     """A file that params name is a dependency: when it changes, `dvc status` says so and the stages
     that read it run again. A file under DVC's control is there in an experiment's temporary copy
-    of the repository, too."""
+    of the repository and in that of a queued experiment, too."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder, symlinks=True)
     texts = folder / "texts.jsonl"
@@ -275,6 +275,10 @@ def test_a_changed_input_file_is_noticed(finished: Path, tmp_path: Path) -> None
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "texts")
     run(folder, "dvc", "exp", "run", "--temp", "-S", "corpora.more.documents=1", "split")
+    queued = ("--queue", "--name", "queued", "-S", "split.ngram_size=5")
+    run(folder, "dvc", "exp", "run", *queued, "split")
+    run(folder, "dvc", "exp", "run", "--run-all")
+    assert "queued" in run(folder, "dvc", "exp", "list", "--name-only")
 
 
 @pytest.mark.timeout(3600)

@@ -12,6 +12,7 @@ from boltlm.teachers.openai_batch_pilot import Pilot
 from boltlm.teachers.openai_batch_progress import BatchProgress, format_duration
 from boltlm.teachers.openai_batch_server import RemoteBatchState
 from boltlm.teachers.response_cache import TeacherResponse
+from boltlm.teachers.response_checks import ResponseChecks
 from tests.teachers.stage_harness import ServerProcess, TeacherStage
 
 MakeStage = Callable[..., TeacherStage]
@@ -160,15 +161,16 @@ def test_the_verdict_on_a_pilot(make_stage: MakeStage) -> None:
     assert isinstance(config, OpenAIBatchConfig)
     usable = TeacherResponse("k", 0, "text", "stop", 1, 2, 1.4, "m")
     unusable = TeacherResponse("k", 0, "", "length", 1, 2, 1.4, "m")
+    checks = ResponseChecks(encoder=None, max_latent_tokens=None, config=config.checks)
     pilot = Pilot(config)
-    pilot.add([usable] * 4, 0, 1.0)
+    pilot.add([usable] * 4, checks, 0, 1.0)
     assert pilot.judge("t") is None
     assert not pilot.is_complete
-    pilot.add([unusable], 0, 1.0)
+    pilot.add([unusable], checks, 0, 1.0)
     assert pilot.judge("t") is None
     assert pilot.is_complete
     pilot = Pilot(config)
-    pilot.add([usable] * 4, 2, 1.0)
+    pilot.add([usable] * 4, checks, 2, 1.0)
     assert "2 rejected" in str(pilot.judge("t"))
 
 
