@@ -69,7 +69,7 @@ def state_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.state")
 
 
-def read_state(path: Path) -> CacheState | None:
+def read_cache_state(path: Path) -> CacheState | None:
     """The state of a cache file; None where there is none or it cannot be read."""
     try:
         return CacheState(**json.loads(state_path(path).read_text("utf-8")))
@@ -77,7 +77,7 @@ def read_state(path: Path) -> CacheState | None:
         return None
 
 
-def write_state(path: Path, state: CacheState) -> None:
+def write_cache_state(path: Path, state: CacheState) -> None:
     """Replace the state of a cache file. It is not flushed to the disk: an older state misses a
     loss at worst, it never reports one that did not happen."""
     text = json.dumps(asdict(state)).ljust(_STATE_CHARACTERS - 1) + "\n"
@@ -90,9 +90,9 @@ def write_state(path: Path, state: CacheState) -> None:
 
 def distrust(path: Path) -> None:
     """Have a cache file checked when it is opened the next time, because damage was found."""
-    state = read_state(path)
+    state = read_cache_state(path)
     if state is not None:
-        write_state(path, replace(state, files=None))
+        write_cache_state(path, replace(state, files=None))
 
 
 def is_damage(error: sqlite3.Error) -> bool:
@@ -122,7 +122,7 @@ def open_cache_file(path: Path, *, accept_loss: bool) -> tuple[sqlite3.Connectio
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
-        state = read_state(path)
+        state = read_cache_state(path)
         if not path.exists():
             _require_new(path, None if accept_loss else state)
             _create(path)
@@ -141,7 +141,7 @@ def open_cache_file(path: Path, *, accept_loss: bool) -> tuple[sqlite3.Connectio
                 _compare_counts(path, connection, state)
             verified = unchanged or _check_on_opening(path, connection)
             if verified and not unchanged:
-                write_state(path, CacheState(*read_totals(connection), file_stats(path)))
+                write_cache_state(path, CacheState(*read_totals(connection), file_stats(path)))
         except BaseException:
             connection.close()
             raise

@@ -17,7 +17,7 @@ from typing import Any
 
 from boltlm.errors import UserError
 from boltlm.shard_store import atomic_write
-from boltlm.teachers.cache_file import read_state
+from boltlm.teachers.cache_file import read_cache_state
 from boltlm.teachers.cache_rows import (
     RESPONSE_COLUMNS,
     decode_row,
@@ -101,7 +101,7 @@ def import_cache(path: Path, source: Path) -> str:
         responses = _read_sqlite(source, contents, path.parent)
     else:
         responses = _read_export(source, contents)
-    before = read_state(path)
+    before = read_cache_state(path)
     with closing(ResponseCache(path, accept_loss=True)) as cache:
         # The batches of `contents` are complete when the last response has been read.
         num_added, num_other = cache.merge(responses, contents.batches)
@@ -116,7 +116,7 @@ def import_cache(path: Path, source: Path) -> str:
 
 
 def _require_file(path: Path) -> None:
-    if not path.exists() and read_state(path) is None:
+    if not path.exists() and read_cache_state(path) is None:
         raise UserError(f"{path}: no such response cache; give its path with --cache")
 
 

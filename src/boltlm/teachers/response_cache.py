@@ -23,7 +23,7 @@ from boltlm.teachers.cache_file import (
     file_stats,
     is_damage,
     open_cache_file,
-    write_state,
+    write_cache_state,
 )
 from boltlm.teachers.cache_rows import RESPONSE_COLUMNS, read_totals, row_checksum
 
@@ -97,7 +97,7 @@ class ResponseCache:
                 self.connection.execute("update totals set changes = changes + 1")
                 state = CacheState(*read_totals(self.connection))
                 self.connection.execute("commit")
-                write_state(self.path, state)
+                write_cache_state(self.path, state)
         except sqlite3.DatabaseError as commit_error:
             error = commit_error
         if self.connection.in_transaction:
@@ -137,7 +137,7 @@ class ResponseCache:
             totals = None  # the next one to open the file will check it
         self.connection.close()
         if totals is not None:
-            write_state(self.path, CacheState(*totals, file_stats(self.path)))
+            write_cache_state(self.path, CacheState(*totals, file_stats(self.path)))
 
     def responses(self, key: str) -> list[TeacherResponse]:
         """The responses to all attempts at a request, in the order of the attempts. Raises
