@@ -71,7 +71,7 @@ def parse_completion(
     there is no message.
     """
     try:
-        body = completion if isinstance(completion, dict) else completion.model_dump()
+        body = completion if isinstance(completion, dict) else completion.model_dump(warnings=False)
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
         text, refusal = read_message(message)
