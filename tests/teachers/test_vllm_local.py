@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from boltlm.corpus import generated
 from boltlm.records import TeacherLatent, read_table
-from boltlm.teachers.prompts import Message, PromptTemplate
+from boltlm.teachers.prompts import Message, PromptTemplate, latent_words
 from boltlm.training.tokenizer import BOS_TEXT, EOS_TEXT, train_tokenizer
 from tests import tiny
 from tests.teachers.stage_harness import POLL_SECONDS, TeacherStage
@@ -49,11 +49,12 @@ def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     pages = list(itertools.islice(generated.generate_documents(tiny.pages(), seed=3), 200))
     prompt = PromptTemplate.read(tiny.TEMPLATES, "latent")
-    dialogues = [
-        f"{_rendered(prompt.messages(context='', chunk=page.text))}Thoughts:{page.thoughts[-1]}"
-        for page in pages
-        if page.thoughts
-    ]
+    dialogues: list[str] = []
+    for page in pages:
+        if page.thoughts:
+            words = str(latent_words(page.text))
+            messages = prompt.messages(context="", chunk=page.text, words=words)
+            dialogues.append(f"{_rendered(messages)}Thoughts:{page.thoughts[-1]}")
     tokenizer = train_tokenizer(iter(dialogues), 900)
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
@@ -143,7 +144,8 @@ def test_server_and_local_engine_give_the_same_responses(
         "max_attempts": 1,
     }
     remote = make_stage("remote")
-    remote.configure("openai", None, base_url=vllm_server, model="tiny", **common)
+    server = {"base_url": vllm_server, "api_key_env": None, "model": "tiny"}
+    remote.configure("openai", None, **server, **common)
     exit_code, printed = remote.run(OPENAI_API_KEY=None)
     assert exit_code == 0, printed
     remote_rows = list(read_table(remote.paths["out"], TeacherLatent))
