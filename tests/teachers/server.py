@@ -443,7 +443,7 @@ class MockAPI:
         elif fault == "nothing":
             done = []
         self.charge(request["body"] for request in done)
-        only_first = fault not in ("all refused", "all long")
+        only_first = fault not in ("all refused", "all very long")
         output = [
             output_line(request, fault.removeprefix("all ") if i == 0 or not only_first else "")
             for i, request in enumerate(done)

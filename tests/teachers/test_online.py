@@ -260,7 +260,7 @@ def test_no_path_spends_more_than_the_limit(
     """The expected cost is far too low, and answers are long, lost or malformed. The limit holds
     over several runs, and the last one says that it is reached."""
     server.fail("chat", *[fault] * 5000 if fault else [])
-    stage = make_stage().configure(
+    stage = make_stage(documents=60).configure(
         "openai", server, characters_per_token=1000.0, expected_output_tokens=1
     )
     config = stage.config

@@ -91,6 +91,13 @@ def make_config(kind: str, task: TeacherTask) -> TeacherConfig:
         max_cost_usd=1.0,
         prices=Prices(**PRICES),
         concurrency=4,
+        api_key_env=None,
+        top_p=None,
+        sampling_seed=None,
+        reasoning_effort=None,
+        extra_body={},
+        retry_failed=False,
+        max_outage_seconds=60.0,
         **common,
     )
 
