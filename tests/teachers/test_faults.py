@@ -25,7 +25,7 @@ BATCH_FAULTS = [
     "errors",
     "too many tokens",
 ]
-NUM_KILLS = {"openai": 20, "openai_batch": 30}
+NUM_KILLS = 30
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_sigkill_at_any_moment(kind: str, make_stage: MakeStage, make_server: Ma
     stage = make_stage(documents=100).configure(kind, server, **changes)
     digests = stage.digests()
     rng = random.Random(1)
-    for _ in range(NUM_KILLS[kind]):
+    for _ in range(NUM_KILLS):
         answered = server.answered()
         saved = {digests[key]: answered[digests[key]] for key in stage.saved_keys()}
         num_events = server.num_events() + rng.randint(1, 16)
