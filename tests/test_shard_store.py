@@ -1,5 +1,7 @@
 """Shards: saved when a run dies, made again when damaged, published completely."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,6 +69,27 @@ def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
     assert published(tmp_path) == COMPLETE
 
 
+def test_published_shards_take_no_further_space(tmp_path: Path) -> None:
+    """A shard of the output is the same file as that of the work folder."""
+    run(tmp_path, Work())
+    for name in NAMES:
+        assert (tmp_path / "out" / name).samefile(tmp_path / "work" / name)
+
+
+def test_shards_are_copied_where_links_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work folder and output may be on different file systems."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run(tmp_path, Work())
+    assert published(tmp_path) == COMPLETE
+    assert not (tmp_path / "out" / NAMES[0]).samefile(tmp_path / "work" / NAMES[0])
+
+
 def test_a_finished_run_repeats_nothing(tmp_path: Path) -> None:
     """DVC deletes the output before a stage runs; it is restored from the work folder."""
     run(tmp_path, Work())
@@ -111,11 +134,11 @@ def test_publishing_leaves_nothing_stale(tmp_path: Path) -> None:
     assert published(tmp_path) == {name: COMPLETE[name] for name in NAMES[:2]}
 
 
-def test_published_shards_are_copies(tmp_path: Path) -> None:
-    """DVC may turn an output into a link or make it read-only; the work must not change with it."""
+def test_an_edit_of_the_output_is_noticed(tmp_path: Path) -> None:
+    """The output may be the same file as the finished work; what was edited is made again."""
     run(tmp_path, Work())
     (tmp_path / "out" / NAMES[0]).write_text("edited", encoding="utf-8")
-    assert run(tmp_path, Work()) == []
+    assert run(tmp_path, Work()) == NAMES[:1]
     assert published(tmp_path) == COMPLETE
 
 

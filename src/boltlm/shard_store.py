@@ -3,7 +3,8 @@
 A finished shard lies in the work folder under the fingerprint of everything that it depends on. It
 is written completely or not at all, with its checksum beside it, and any later run with the same
 fingerprint uses it: after a crash, in a queued experiment, under another preset. When all shards of
-a stage are complete they are copied into the stage's output.
+a stage are complete they become the stage's output, as hard links where the file system has them:
+they are on the disk once. No file of the work folder is ever changed in place.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ def run_shards(
     what: str,
     workers: int = 1,
 ) -> list[_T]:
-    """Process every shard that is not yet complete in `work`, then copy all of them into `out`.
+    """Process every shard that is not yet complete in `work`, then publish all of them in `out`.
 
     `process` gets the names of the missing shards and yields once for each of them, when it is
     written to `work` and marked complete; what it yields is returned. `workers`: how many shards
@@ -118,12 +119,21 @@ def remove_complete(path: Path) -> None:
 
 
 def publish_shards(paths: Sequence[Path], out: Path) -> None:
-    """Copy finished shards into an output folder that then holds nothing else."""
+    """Link or copy finished shards into an output folder that then holds nothing else."""
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
     for path in paths:
-        shutil.copyfile(path, out / path.name)
+        link_or_copy(path, out / path.name)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Make `target`, which must not exist, a hard link to the file `source`, or a copy of it where
+    the two are on different file systems or links cannot be made."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _checksum(path: Path) -> str:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from boltlm import checkpoint
 from boltlm.errors import UserError
+from boltlm.shard_store import link_or_copy
 from boltlm.training.config import SnapshotConfig
 from boltlm.training.continual import RAW_TOKENS_KEY
 
@@ -93,14 +94,7 @@ class SnapshotWriter:
                     f" {self.folder.parent} and run again"
                 )
         for path in sorted(self.folder.glob("step-*")):
-            shutil.copytree(path, out / path.name, copy_function=_link_or_copy)
+            shutil.copytree(path, out / path.name, copy_function=link_or_copy)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:09}"
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
