@@ -1,5 +1,6 @@
 """Weights, selection, bounds and diagnostics on examples that can be computed by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -153,3 +154,21 @@ def test_histogram_by_hand() -> None:
         (1.0, 1.5, 1),
     ]
     assert WeightDiagnostics().histogram() == []
+
+
+def test_diagnostics_of_parts_add_up() -> None:
+    """Parts that were stored as JSON and merged are the diagnostics of the whole."""
+    groups = [
+        [sample(-0.75, latent="1", selected=True), sample(-0.5, latent="2")],
+        [sample(2.0, chunk=1, latent="3", selected=True), sample(0.49, chunk=1, latent="4")],
+        [sample(0.0, chunk=2, latent="5", log_allowed=-0.5), sample(1.0, chunk=2, latent="6")],
+    ]
+    references = {("d", 0): "1", ("d", 1): "4"}
+    merged = WeightDiagnostics()
+    for group in groups:
+        state = json.dumps(WeightDiagnostics([group], references).to_json())
+        merged.merge(WeightDiagnostics.from_json(json.loads(state)))
+    whole = WeightDiagnostics(groups, references)
+    assert merged.diagnostics() == pytest.approx(whole.diagnostics(), rel=1e-12)
+    assert merged.exact_match_metrics() == whole.exact_match_metrics()
+    assert merged.histogram() == whole.histogram()

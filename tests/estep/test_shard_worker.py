@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from boltlm.corpus.reference_latents import reference_latents
 from boltlm.errors import UserError
 from boltlm.estep.contexts import ChunkInContext, chunks_in_context
+from boltlm.estep.diagnostics import WeightDiagnostics
 from boltlm.estep.estep import EStep
 from boltlm.estep.samplers import TransformersSampler
 from boltlm.estep.shard_worker import group_by_chunk
-from boltlm.records import Chunk, Sample, read_shard, read_table, write_shard
+from boltlm.records import Chunk, Sample, read_shard, read_table, shard_paths, write_shard
 from boltlm.tokens import TextCoder
 from tests import reference
 from tests.estep.stage_harness import DOCUMENTS, LatentsStage, content, small_params
@@ -198,6 +200,24 @@ def test_forward_tokens_are_counted_over_the_corpus(
         total += len(posterior) + len(prior)
         total += sum(2 * (len(s.tokens) + 1) + len(chunk.text) for s in group)
     assert metrics["forward_tokens"] == total
+
+
+def test_summaries_are_made_with_the_shards(base_folder: Path, tmp_path: Path) -> None:
+    """When all shards are there, no table is read again; a summary that is missing or damaged is
+    made anew; the metrics are those of the whole table."""
+    stage = LatentsStage(tmp_path, base_folder, shard_documents=2)
+    metrics, _ = stage.run()
+    summaries = sorted((tmp_path / "work").rglob("summaries/*.json"))
+    assert len(summaries) == len(shard_paths(stage.chunks)) > 1
+    references = reference_latents(tmp_path / "split" / "em", stage.chunks)
+    whole = WeightDiagnostics(group_by_chunk(stage.samples()), references)
+    expected = whole.diagnostics() | whole.exact_match_metrics()
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    written = [path.stat().st_mtime_ns for path in summaries]
+    summaries[0].write_text("{", encoding="utf-8")
+    summaries[1].unlink()
+    assert stage.run()[0] == metrics
+    assert [path.stat().st_mtime_ns for path in summaries[2:]] == written[2:]
 
 
 def test_the_iteration_before_is_reused(

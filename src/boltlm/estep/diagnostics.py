@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,33 @@ class WeightDiagnostics:
                     self.sums["allowed"] += math.exp(sample.log_allowed)
                 if reference_latent is not None:
                     self._add_match(sample, reference_latent)
+
+    def merge(self, other: "WeightDiagnostics") -> None:
+        """Add the chunks of `other`."""
+        self.counts.update(other.counts)
+        self.ess_counts.update(other.ess_counts)
+        self.bin_counts.update(other.bin_counts)
+        for name, value in other.sums.items():
+            self.sums[name] += value
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """The state in a form that JSON keeps exactly."""
+        return {
+            "counts": dict(self.counts),
+            "sums": dict(self.sums),
+            "ess_counts": {str(index): count for index, count in self.ess_counts.items()},
+            "bin_counts": {str(index): count for index, count in self.bin_counts.items()},
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Mapping[str, Any]]) -> "WeightDiagnostics":
+        """The diagnostics whose `to_json` is `state`."""
+        diagnostics = cls()
+        diagnostics.counts.update(state["counts"])
+        diagnostics.sums.update(state["sums"])
+        diagnostics.ess_counts.update({int(i): n for i, n in state["ess_counts"].items()})
+        diagnostics.bin_counts.update({int(i): n for i, n in state["bin_counts"].items()})
+        return diagnostics
 
     def _add_match(self, sample: Sample, reference_latent: str) -> None:
         counts, is_match = self.counts, sample.latent == reference_latent

@@ -1,21 +1,20 @@
 """The E-step over a corpus: the stage `latents`, which writes `data/latents/<name>`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from boltlm import checkpoint
-from boltlm.corpus.reference_latents import shard_reference_latents
 from boltlm.estep.config import DrawSettings, EStepOptions, EStepSettings
-from boltlm.estep.contexts import Throughput, chunks_in_context, forward_tokens
+from boltlm.estep.contexts import Throughput
 from boltlm.estep.diagnostics import WeightDiagnostics
 from boltlm.estep.executors import execute_shards
-from boltlm.estep.shard_worker import ShardTask, context_token_budget, group_by_chunk
-from boltlm.estep.smc import smc_forward_tokens
+from boltlm.estep.shard_summary import ShardSummary, summarize_shard
+from boltlm.estep.shard_worker import ShardTask
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
-from boltlm.records import Chunk, Sample, read_shard, shard_paths
+from boltlm.records import shard_paths
 from boltlm.shard_store import run_shards
-from boltlm.tokens import TextCoder
 
 
 def run_estep(
@@ -41,31 +40,26 @@ def run_estep(
     process dies.
     """
     reuse = settings.options.reuse
-    throughputs = draw_latents(
+    task = shard_task(
         settings,
         f"estep {settings.entry.model}",
         model=model,
         chunks=chunks,
         work=work,
-        out=out,
         num_samples=settings.num_samples,
-        what=f"latents {settings.name}",
         previous=previous if reuse != "none" else None,
         previous_model=previous_model if reuse == "draws" else None,
     )
-    diagnostics, text_tokens = WeightDiagnostics(), 0
-    coder, forwarded = TextCoder(checkpoint.final_weights(model)), 0
+    summarize = partial(summarize_shard, task, split.resolve())
+    throughputs = draw_latents(task, out, f"latents {settings.name}", finish=summarize)
+    total = ShardSummary()
     for path in shard_paths(chunks):
-        groups = group_by_chunk(read_shard(out / path.name, Sample))
-        shard = read_shard(path, Chunk)
-        forwarded += _count_forward_tokens(settings, coder, shard, groups)
-        text_tokens += sum(len(chunk.tokens) for chunk in shard)
-        diagnostics.add(groups, shard_reference_latents(split / path.name, path))
-    _write_histogram(histogram_path, diagnostics)
-    metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
-    metrics["forward_tokens"] = forwarded
+        total.add(summarize(path.name))
+    _write_histogram(histogram_path, total.diagnostics)
+    metrics = total.diagnostics.diagnostics() | total.diagnostics.exact_match_metrics()
+    metrics["forward_tokens"] = total.forward_tokens
     if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
-        metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
+        metrics["bound_per_token"] = total.diagnostics.sums["log_mean_weight"] / total.text_tokens
     return metrics, _wall_clock_figures(throughputs)
 
 
@@ -76,43 +70,23 @@ def _write_histogram(path: Path, diagnostics: WeightDiagnostics) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _count_forward_tokens(
-    settings: EStepSettings,
-    coder: TextCoder,
-    chunks: Sequence[Chunk],
-    groups: Sequence[Sequence[Sample]],
-) -> int:
-    special, context_chunks = coder.special_tokens, settings.context_chunks
-    budget = context_token_budget(coder, settings.max_latent_tokens)
-    if settings.options.method == "smc":
-        return smc_forward_tokens(
-            special, chunks, groups, context_chunks=context_chunks, token_budget=budget
-        )
-    in_context = chunks_in_context(chunks, context_chunks, budget)
-    pairs = zip(in_context, groups, strict=True)
-    return sum(forward_tokens(special, chunk, group) for chunk, group in pairs)
-
-
-def draw_latents(
+def shard_task(
     settings: DrawSettings,
     purpose: str,
     *,
     model: Path,
     chunks: Path,
     work: Path,
-    out: Path,
     num_samples: int,
-    what: str,
     previous: Path | None = None,
     previous_model: Path | None = None,
-) -> list[Throughput]:
-    """Write `num_samples` samples of every chunk in `chunks` to `out`, one shard per shard there.
+) -> ShardTask:
+    """The task of drawing `num_samples` samples of every chunk in `chunks`. `purpose` keys their
+    random numbers.
 
-    `purpose` keys their random numbers; `what` labels the progress display. Finished shards are
-    saved below `work` under a fingerprint of the model's and the chunks' contents, the settings and
-    the code: an interrupted run resumes, and one with another number of samples or other options of
-    the estimator reuses the draws from the proposal that exist. Returns the throughput of each
-    shard that this run processed.
+    Its work folder is named by a fingerprint of the model's and the chunks' contents, the settings
+    and the code: an interrupted run resumes, and one with another number of samples or other
+    options of the estimator reuses the draws from the proposal that exist.
     """
     facts = {
         "purpose": purpose,
@@ -124,7 +98,7 @@ def draw_latents(
         "sampling": [settings.sampling.fingerprint_facts, settings.options.temperature],
         "code": hash_code("boltlm.estep.shard_worker"),
     }
-    task = ShardTask(
+    return ShardTask(
         settings=settings,
         purpose=purpose,
         model=model.resolve(),
@@ -135,13 +109,21 @@ def draw_latents(
         previous=previous and previous.resolve(),
         previous_model=previous_model and previous_model.resolve(),
     )
+
+
+def draw_latents(
+    task: ShardTask, out: Path, what: str, *, finish: Callable[[str], object] | None = None
+) -> list[Throughput]:
+    """Write the samples of `task` to `out`, one shard per shard of its chunks; finished shards are
+    saved in its work folder. `what` labels the progress display; `finish` is called with each shard
+    by the worker that has drawn it. Returns the throughput of each shard that this run drew."""
     return run_shards(
-        [path.name for path in shard_paths(chunks)],
-        lambda shards: execute_shards(task, shards),
-        work=task.samples_folder(num_samples),
+        [path.name for path in shard_paths(task.chunks)],
+        lambda shards: execute_shards(task, shards, finish),
+        work=task.samples_folder(task.num_samples),
         out=out,
         what=what,
-        workers=settings.sampling.workers,
+        workers=task.settings.sampling.workers,
     )
 
 

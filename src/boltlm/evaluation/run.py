@@ -13,7 +13,7 @@ from boltlm import checkpoint
 from boltlm.corpus.benchmarks import STEM_SUBJECTS
 from boltlm.corpus.reference_latents import reference_latents
 from boltlm.estep.diagnostics import WeightDiagnostics
-from boltlm.estep.run import draw_latents
+from boltlm.estep.run import draw_latents, shard_task
 from boltlm.estep.shard_worker import group_by_chunk
 from boltlm.evaluation import downstream, fewshot, likelihood
 from boltlm.evaluation.config import BaseEvaluateSettings, LargeKConfig
@@ -128,16 +128,15 @@ def _evaluate_corpus(
     if settings.has_latents:
         sizes = settings.evaluate.k_samples
         out = paths.out / LATENT_TABLE / corpus
-        draw_latents(
+        task = shard_task(
             settings,
             "evaluate",
             model=paths.model,
             chunks=chunks,
             work=paths.work,
-            out=out,
             num_samples=max(sizes),
-            what=f"{label}, bounds",
         )
+        draw_latents(task, out, f"{label}, bounds")
         groups = group_by_chunk(iter(read_table(out, Sample)))
         lengths = [len(chunk.tokens) for chunk in read_table(chunks, Chunk)]
         clusters = {score.doc_id: score.cluster for score in scores}
@@ -160,16 +159,15 @@ def _large_k_metrics(
     subset = paths.work / "evaluate" / fingerprint(facts)
     write_shard(subset / shard_name(0), Chunk, chunks)
     out = paths.out / LARGE_K_TABLE / corpus
-    draw_latents(
+    task = shard_task(
         settings,
         "evaluate",
         model=paths.model,
         chunks=subset,
         work=paths.work,
-        out=out,
         num_samples=config.k_samples,
-        what=f"{label}, {corpus}, K = {config.k_samples}",
     )
+    draw_latents(task, out, f"{label}, {corpus}, K = {config.k_samples}")
     groups = group_by_chunk(read_table(out, Sample))
     lengths = [len(chunk.tokens) for chunk in chunks]
     sizes = (max(settings.evaluate.k_samples), config.k_samples)
