@@ -9,7 +9,7 @@ a stage are complete they are copied into the stage's output.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -119,11 +119,17 @@ def remove_complete(path: Path) -> None:
 
 def publish_shards(paths: Sequence[Path], out: Path) -> None:
     """Copy finished shards into an output folder that then holds nothing else."""
+    publish_files({path.name: path for path in paths}, out)
+
+
+def publish_files(paths: Mapping[str, Path], out: Path) -> None:
+    """Copy finished files, by the names that they get there, into an output folder that then holds
+    nothing else."""
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    for path in paths:
-        shutil.copyfile(path, out / path.name)
+    for name, path in paths.items():
+        shutil.copyfile(path, out / name)
 
 
 def _checksum(path: Path) -> str:
