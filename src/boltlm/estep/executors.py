@@ -2,10 +2,12 @@
 
 The output does not depend on the executor: with the same number of threads per worker every one
 writes the same bytes, because a shard depends on its own documents only. A worker that dies loses
-the shard that it was processing and nothing else.
+the shards that are being processed and nothing else; workers are started anew for them.
 """
 
 import multiprocessing
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,12 +16,14 @@ from typing import Any
 
 import torch
 
+from boltlm import interruption
 from boltlm.errors import UserError
 from boltlm.estep.config import SamplingConfig
 from boltlm.estep.contexts import Throughput
 from boltlm.estep.shard_worker import ShardTask, ShardWorker
 from boltlm.estep.worker_processes import assign_gpus, threads_per_worker, use_gpus
 
+MAX_RESTARTS = 3  # of the local worker processes of a run
 # State of a worker process, set by _initialize_process and _process_shard.
 _task: ShardTask | None = None
 _threads: int | None = None
@@ -30,7 +34,8 @@ def execute_shards(task: ShardTask, shards: Sequence[str]) -> Iterator[Throughpu
     """Process shards with the executor that the task's settings name; yield the throughput of each
     when it is complete, in any order.
 
-    Raises UserError where a worker process dies or there are fewer GPUs than the workers need.
+    Raises UserError where worker processes die again and again, or where there are fewer GPUs than
+    the workers need.
     """
     config = task.settings.sampling
     if config.executor == "ray":
@@ -50,7 +55,34 @@ def _create_worker(task: ShardTask, threads: int | None) -> ShardWorker:
 def _execute_in_processes(
     task: ShardTask, shards: Sequence[str], config: SamplingConfig
 ) -> Iterator[Throughput]:
-    """One process per worker, each with its own GPUs if there are any."""
+    """One process per worker, each with its own GPUs if there are any. If one dies, all are started
+    anew for the shards that are missing, at most MAX_RESTARTS times."""
+    missing, restarts = list(shards), 0
+    while missing:
+        try:
+            for shard, throughput in _run_pool(task, tuple(missing), config):
+                missing.remove(shard)
+                yield throughput
+        except BrokenProcessPool as error:
+            what = f"sampling for '{task.purpose}'"
+            if restarts == MAX_RESTARTS or interruption.was_interrupted():
+                raise UserError(
+                    f"{what}: a worker process died (killed, or out of memory), also after"
+                    f" {restarts} restarts; the finished shards are saved, run again to resume"
+                ) from error
+            restarts += 1
+            print(
+                f"{what}: a worker process died (killed, or out of memory); the workers are"
+                f" started again for {len(missing)} shards",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _run_pool(
+    task: ShardTask, shards: Sequence[str], config: SamplingConfig
+) -> Iterator[tuple[str, Throughput]]:
+    """Each shard when it is complete. Raises BrokenProcessPool where a process dies."""
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
     workers = min(config.workers, len(shards))
@@ -59,14 +91,11 @@ def _execute_in_processes(
     threads = threads_per_worker(config.threads, config.workers)
     pool = ProcessPoolExecutor(workers, context, _initialize_process, (task, threads, devices))
     try:
-        for future in as_completed([pool.submit(_process_shard, shard) for shard in shards]):
-            yield future.result()
+        with interruption.without_ctrl_c():
+            futures = {pool.submit(_process_shard, shard): shard for shard in shards}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
         pool.shutdown()  # with the processes, the memory of their GPUs is free for what follows
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"sampling for '{task.purpose}': a worker process died (killed, or out of memory);"
-            " the finished shards are saved, run again to resume"
-        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -74,6 +103,7 @@ def _execute_in_processes(
 def _initialize_process(task: ShardTask, threads: int | None, devices: Any) -> None:
     """Assign GPUs to a worker process before it initializes CUDA."""
     global _task, _threads
+    interruption.end_with_parent(signal.SIGKILL)
     use_gpus(devices.get())
     _task, _threads = task, threads
 
@@ -94,9 +124,12 @@ def _execute_on_ray(
     cores = config.threads or 1
     if config.address is None:
         # One more logical CPU than the actors reserve; without it Ray's read tasks never start.
-        ray.init(num_cpus=config.workers * cores + 1, include_dashboard=False, log_to_driver=False)
+        cpus = config.workers * cores + 1
+        # Without an address Ray would look for the remains of a cluster whose driver was killed.
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     else:
-        ray.init(address=config.address, log_to_driver=False)
+        ray.init(config.address, log_to_driver=False)
+    interruption.restore_handlers()  # Ray has set a handler of its own
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         names = ray.data.from_items(
