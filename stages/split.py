@@ -9,13 +9,7 @@ The metrics count what the training corpora share with the evaluation sets.
 import argparse
 from pathlib import Path
 
-from boltlm.corpus.chunker import Chunker
-from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.records import write_json
-from boltlm.shard_store import repository_path
-from boltlm.tokens import TextCoder, chunk_token_budget
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +21,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.corpus.chunker import Chunker
+    from boltlm.corpus.split import SplitSettings, split_corpora
+    from boltlm.params import load_settings
+    from boltlm.records import write_json
+    from boltlm.shard_store import repository_path
+    from boltlm.tokens import TextCoder, chunk_token_budget
+
     settings = load_settings(SplitSettings, args.params)
     coder = TextCoder(args.base)
     budget = chunk_token_budget(coder.context_length, settings.max_latent_tokens)

@@ -5,6 +5,7 @@ the items that are not finished.
 """
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
 
+from boltlm import interruption
 from boltlm.errors import UserError
 
 MAX_RESTARTS = 3
@@ -45,7 +47,7 @@ def process_items(
             yield from _run_pool(creates, unfinished, remaining)
             return
         except BrokenProcessPool as error:
-            if restarts == MAX_RESTARTS:
+            if restarts == MAX_RESTARTS or interruption.was_interrupted():
                 raise UserError(
                     f"{what}: a worker process died (killed, or out of memory), also after"
                     f" {restarts} restarts; what is finished is saved, run again to resume"
@@ -69,13 +71,20 @@ def _run_pool(
     for create in creates:
         queue.put(create)
     pool = ProcessPoolExecutor(len(creates), context, _initialize, (queue,))
-    futures: dict[Future[_Result], _Item] = {pool.submit(_process, i): i for i in unfinished}
+    futures: dict[Future[_Result], _Item] = {}
+
+    def submit(item: _Item) -> None:
+        with interruption.without_ctrl_c():  # the first one starts the processes
+            futures[pool.submit(_process, item)] = item
+
     try:
+        for item in unfinished:
+            submit(item)
         while True:
             free = (1 + _WAITING_ITEMS) * len(creates) - len(futures)
             for item in islice(remaining, max(free, 0)):
                 unfinished.append(item)
-                futures[pool.submit(_process, item)] = item
+                submit(item)
             if not futures:
                 break
             for future in wait(futures, return_when=FIRST_COMPLETED).done:
@@ -90,6 +99,7 @@ def _run_pool(
 
 def _initialize(creates: Any) -> None:
     global _create
+    interruption.end_with_parent(signal.SIGKILL)
     _create = creates.get()  # called with the first item, whose error it is if it fails
 
 
