@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
 
-from boltlm.corpus.chunks import Chunker  # noqa: E402
+from boltlm.corpus.chunker import Chunker  # noqa: E402
 from boltlm.corpus.split import SplitSettings, split_corpora  # noqa: E402
 from boltlm.estep.config import EStepSettings  # noqa: E402
 from boltlm.estep.run import run_estep  # noqa: E402
@@ -58,7 +58,11 @@ def measure_size(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split_corpora(
-            split_settings, chunker, split_dir=folder / "split", chunks_dir=folder / "chunks"
+            split_settings,
+            chunker,
+            work=folder / "work",
+            split_dir=folder / "split",
+            chunks_dir=folder / "chunks",
         )
         task = ShardTask(
             settings=settings,

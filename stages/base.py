@@ -8,10 +8,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.shard_store import repository_path
-from boltlm.timing import timing_path
-from boltlm.training.base import BaseSettings, run_base
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,6 +19,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.params import load_settings
+    from boltlm.shard_store import repository_path
+    from boltlm.timing import timing_path
+    from boltlm.training.base import BaseSettings, run_base
+
     run_base(
         load_settings(BaseSettings, args.params),
         work=repository_path(args.work),

@@ -9,12 +9,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.evaluation.config import CurveSettings
-from boltlm.evaluation.curve_points import summarize_curves, write_curves
-from boltlm.evaluation.snapshot_curves import CurvePaths, measure_curves
-from boltlm.params import load_settings
-from boltlm.records import write_json
-from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +22,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.evaluation.config import CurveSettings
+    from boltlm.evaluation.curve_points import summarize_curves, write_curves
+    from boltlm.evaluation.snapshot_curves import CurvePaths, measure_curves
+    from boltlm.params import load_settings
+    from boltlm.records import write_json
+    from boltlm.shard_store import repository_path
+
     settings = load_settings(CurveSettings, args.params, name=args.name)
     work = repository_path(args.work)
     paths = CurvePaths(args.snapshots, args.split, args.chunks, args.fewshot, work)

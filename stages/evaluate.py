@@ -11,11 +11,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
-from boltlm.evaluation.run import EvaluationPaths, evaluate_model
-from boltlm.params import load_settings
-from boltlm.records import write_json
-from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +24,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
+    from boltlm.evaluation.run import EvaluationPaths, evaluate_model
+    from boltlm.params import load_settings
+    from boltlm.records import write_json
+    from boltlm.shard_store import repository_path
+
     kind = BaseEvaluateSettings if args.name == "base" else EvaluateSettings
     settings = load_settings(kind, args.params, name=args.name)
     work = repository_path(args.work)

@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,6 +18,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.params import load_settings
     from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.report import write_report  # imports matplotlib, which --help need not
 

@@ -9,11 +9,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.evaluation.finetune import FinetunePaths, run_finetuning
-from boltlm.evaluation.finetune_config import FinetuneSettings
-from boltlm.params import load_settings
-from boltlm.records import write_json
-from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +21,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.evaluation.finetune import FinetunePaths, run_finetuning
+    from boltlm.evaluation.finetune_config import FinetuneSettings
+    from boltlm.params import load_settings
+    from boltlm.records import write_json
+    from boltlm.shard_store import repository_path
+
     settings = load_settings(FinetuneSettings, args.params, name=args.name)
     work = repository_path(args.work)
     paths = FinetunePaths(args.model, args.split, args.data, work, args.out)

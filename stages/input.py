@@ -6,9 +6,7 @@ python stages/input.py --path corpora/books.jsonl --out metrics/inputs/books.jso
 import argparse
 from pathlib import Path
 
-from boltlm.corpus.inputs import describe_input
 from boltlm.errors import run_main
-from boltlm.records import write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,6 +18,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.corpus.inputs import describe_input
+    from boltlm.records import write_json
+
     write_json(args.out, describe_input(args.path))
 
 

@@ -13,8 +13,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,8 +25,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.params import load_settings
     from boltlm.reporting import html_report  # imports torch, which --help need not
     from boltlm.reporting.html_config import HtmlReportSettings
+    from boltlm.shard_store import repository_path
 
     settings = load_settings(HtmlReportSettings, args.params)
     paths = html_report.ExperimentPaths(

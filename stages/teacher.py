@@ -13,12 +13,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.records import write_json
-from boltlm.shard_store import repository_path
-from boltlm.teachers.config import TeacherSettings
-from boltlm.teachers.run import run_teacher
-from boltlm.tokens import TextCoder
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +26,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.params import load_settings
+    from boltlm.records import write_json
+    from boltlm.shard_store import repository_path
+    from boltlm.teachers.config import TeacherSettings
+    from boltlm.teachers.run import run_teacher
+    from boltlm.tokens import TextCoder
+
     counts = run_teacher(
         load_settings(TeacherSettings, args.params, name=args.name),
         TextCoder(args.base),

@@ -12,11 +12,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import build_settings, flatten_params, load
-from boltlm.reporting import mlflow_tracking
-from boltlm.reporting.arms import ReportSettings
-from boltlm.reporting.results import experiment_points, read_results, run_points
-from boltlm.shard_store import repository_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +23,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.params import build_settings, flatten_params, load
+    from boltlm.reporting import mlflow_tracking
+    from boltlm.reporting.arms import ReportSettings
+    from boltlm.reporting.results import experiment_points, read_results, run_points
+    from boltlm.shard_store import repository_path
+
     params = load(args.params)
     settings = build_settings(ReportSettings, params)
     results = read_results(settings, args.metrics, repository_path(args.timings))

@@ -2,24 +2,16 @@
 
     python stages/train.py --params params.yaml --name em1 --parent models/base \
         --chunks data/chunks/em --data data/latents/em1 --mixed data/chunks/em \
-        --heldout data/chunks/heldout --work .work --timings timings --out models/em1 \
-        --csv metrics/train/em1.csv --metrics metrics/train/em1.json --snapshots snapshots/em1 \
+        --heldout data/chunks/heldout --work .work --timings timings --out models/em1 --csv \
+        metrics/train/em1.csv --metrics metrics/train/em1.json --snapshots snapshots/em1 \
         --db mlflow.db --artifacts mlartifacts
-
-On several GPUs: accelerate launch --num_processes 8 [--use_fsdp] instead of python.
+On several GPUs: python -m boltlm.training.launch --num_processes 8 [--use_fsdp] stages/train.py …
 """
 
 import argparse
 from pathlib import Path
 
-from boltlm.checkpoint import final_weights
 from boltlm.errors import run_main
-from boltlm.params import flatten_params, load, load_settings
-from boltlm.shard_store import repository_path
-from boltlm.timing import timing_path
-from boltlm.training.config import TrainSettings
-from boltlm.training.distributed import process_state
-from boltlm.training.run import TrainPaths, run_training
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +25,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.checkpoint import final_weights
+    from boltlm.params import flatten_params, load, load_settings
+    from boltlm.shard_store import repository_path
+    from boltlm.timing import timing_path
+    from boltlm.training.config import TrainSettings
+    from boltlm.training.distributed import process_state
+    from boltlm.training.run import TrainPaths, run_training
+
     settings = load_settings(TrainSettings, args.params, name=args.name)
     hook = line_logger = None
     if config := settings.model.train.validation:

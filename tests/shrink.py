@@ -39,6 +39,7 @@ SHRUNK: dict[str, Any] = {
     "k_samples": 2,
     "max_latent_tokens": 64,
     "split.shard_documents": 6,
+    "split.workers": 1,
     "chunks.mean_sentences": 2,
     "chunks.max_sentences": 4,
     "sequences.sequence_length": 256,

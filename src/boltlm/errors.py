@@ -3,13 +3,17 @@ that is printed shows an API key."""
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
+from boltlm import interruption
+
 # Shorter values are placeholders for servers that check no key, and may be ordinary words.
 MIN_SECRET_CHARACTERS = 8
 _REDACTED = "[key]"
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")  # user:password of an address
 _OPENAI_KEY = re.compile(r"\bsk-[\w*.-]+")  # also of other accounts, and partly masked ones
 _secrets: set[str] = set()
 
@@ -26,10 +30,11 @@ def hide_secret(secret: str) -> None:
 
 
 def redact_secrets(text: str) -> str:
-    """A text without the literal values of the secrets, whatever they look like."""
+    """A text without the literal values of the secrets, whatever they look like, and without the
+    user and the password of an address."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, _REDACTED)
-    return text
+    return _CREDENTIALS.sub(f"{_REDACTED}@", text)
 
 
 def redact(text: str) -> str:
@@ -41,25 +46,34 @@ def run_main(main: Callable[[], None]) -> None:
     """Run the `main` of a stage script or of the command line.
 
     A `UserError` or an operating-system error (missing file, full disk) ends it with one line on
-    standard error and exit code 1; Ctrl-C ends it with 130. Where a launcher has started several
-    processes only the main one reports a `UserError`, which all of them have in common. Any other
-    exception is a defect of the program and keeps its traceback, but for secrets in it.
+    standard error and exit code 1; Ctrl-C ends it with 130 and SIGTERM with 143, in a few seconds.
+    A stage that DVC or a launcher has started ends with the process that started it. Where a
+    launcher has started several processes only the main one reports a `UserError`, which all of
+    them have in common. Any other exception is a defect of the program and keeps its traceback, but
+    for secrets in it.
     """
     try:
+        interruption.handle_signals()
+        if {"DVC_STAGE", "RANK", interruption.LAUNCHED} & os.environ.keys():
+            interruption.end_with_parent(signal.SIGTERM)
         main()
-    except (UserError, OSError) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
-        elif isinstance(error, OSError):  # concerns this machine only
-            print(f"error in process {rank}: {redact_secrets(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception:
+    except BaseException as error:
+        if interruption.was_interrupted() or isinstance(error, KeyboardInterrupt):
+            interruption.report_interruption()
+            raise SystemExit(interruption.exit_code()) from None
+        if isinstance(error, UserError | OSError):
+            _report_error(error)
+            raise SystemExit(1) from error
         text = traceback.format_exc()
-        if redact_secrets(text) == text:
+        if not isinstance(error, Exception) or redact_secrets(text) == text:
             raise
         print(redact_secrets(text), file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _report_error(error: UserError | OSError) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
+    elif isinstance(error, OSError):  # concerns this machine only
+        print(f"error in process {rank}: {redact_secrets(str(error))}", file=sys.stderr)

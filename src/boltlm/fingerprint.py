@@ -8,11 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Modules that cannot change what a stage writes: what they show, say, time or log. Neither DVC's
+# Modules that cannot change what a stage writes: what they show, say, time or log, and
+# how a process ends. Neither DVC's
 # dependencies (dvc.yaml, checked by a test) nor the keys of unfinished work hold them.
 NEUTRAL_MODULES = frozenset(
     {
         "boltlm.errors",
+        "boltlm.interruption",
         "boltlm.progress",
         "boltlm.timing",
         "boltlm.evaluation.validation",

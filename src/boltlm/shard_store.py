@@ -10,8 +10,8 @@ they are on the disk once. No file of the work folder is ever changed in place.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,25 +48,37 @@ def exclusive_lock(
     folder: Path, what: str, *, acquire: bool = True, wait: bool = True
 ) -> Iterator[bool]:
     """Hold the lock of a folder of unfinished work, and yield whether it is held. A second run
-    waits for it and says so or, with `wait` false, goes without it; the lock of a process that dies
-    is released. `acquire` false: another process of this run holds it."""
+    waits for it and says for which process or, with `wait` false, goes without it; the lock of a
+    process that dies is released. `acquire` false: another process of this run holds it."""
     if not acquire:
         yield True
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"), blocking=False)
+    path = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(path, blocking=False)
     try:
         lock.acquire()
     except TimeoutError:
         if not wait:
             yield False
             return
-        print(f"{what}: waiting for another process that does the same work", flush=True)
+        with suppress(OSError):
+            print(
+                f"{what}: waiting for process {_holder(path)}, which does the same work", flush=True
+            )
         lock.acquire(blocking=True)
     try:
+        path.write_text(str(os.getpid()), encoding="utf-8")
         yield True
     finally:
+        path.unlink(missing_ok=True)  # while it is held: who waits for it then locks a new file
         lock.release()
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):  # it may end now
+        return f"process {path.read_text('utf-8')}"
+    return "another process"
 
 
 def run_shards(
@@ -84,19 +96,25 @@ def run_shards(
     written to `work` and marked complete; what it yields is returned. `workers`: how many shards
     are processed at once, for the progress line.
     """
-    missing = [name for name in names if not is_complete(work / name)]
+    with exclusive_lock(work, what):
+        missing = [name for name in names if not is_complete(work / name)]
+        if len(missing) < len(names):
+            print(f"{what}: {len(names) - len(missing)} of {len(names)} shards found in {work}")
+        results = _process_missing(missing, process, what, workers) if missing else []
+        publish_shards([work / name for name in names], out)
+    return results
+
+
+def _process_missing(
+    missing: Sequence[str], process: Callable[[list[str]], Iterator[_T]], what: str, workers: int
+) -> list[_T]:
     results: list[_T] = []
-    if len(missing) < len(names):
-        print(f"{what}: {len(names) - len(missing)} of {len(names)} shards found in {work}")
-    if missing:
-        with Progress(what=what, total=len(missing), unit="shards") as progress:
-            for result in process(missing):
-                results.append(result)
-                running = min(workers, len(missing) - len(results))
-                waiting = len(missing) - len(results) - running
-                progress.note(f"{running} running, {waiting} waiting")
-                progress.advance(1)
-    publish_shards([work / name for name in names], out)
+    with Progress(what=what, total=len(missing), unit="shards") as progress:
+        for result in process(list(missing)):
+            results.append(result)
+            running = min(workers, len(missing) - len(results))
+            progress.note(f"{running} running, {len(missing) - len(results) - running} waiting")
+            progress.advance(1)
     return results
 
 
@@ -120,11 +138,17 @@ def remove_complete(path: Path) -> None:
 
 def publish_shards(paths: Sequence[Path], out: Path) -> None:
     """Link or copy finished shards into an output folder that then holds nothing else."""
+    publish_files({path.name: path for path in paths}, out)
+
+
+def publish_files(paths: Mapping[str, Path], out: Path) -> None:
+    """Link or copy finished files, by the names that they get there, into an output folder that
+    then holds nothing else."""
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    for path in paths:
-        link_or_copy(path, out / path.name)
+    for name, path in paths.items():
+        link_or_copy(path, out / name)
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:

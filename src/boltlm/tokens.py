@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class TextCoder:
         for path in (tokenizer_path, config_path):
             if not path.is_file():
                 raise UserError(f"{path}: no such file; run the stage 'base' (dvc repro base)")
+        self.model = model
         self.tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self.tokenizer.encode_special_tokens = True
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -59,6 +61,10 @@ class TextCoder:
             post=self._special_id(model, POST),
         )
         self._special_ids = set(astuple(self.special_tokens))
+
+    def __reduce__(self) -> tuple[type["TextCoder"], tuple[Path]]:
+        """Another process reads the folder; a tokenizer forgets `encode_special_tokens` there."""
+        return TextCoder, (self.model,)
 
     def _special_id(self, model: Path, text: str) -> int:
         token = self.tokenizer.token_to_id(text)
@@ -83,16 +89,46 @@ class TextCoder:
         return [token for piece in pieces for token in encode(piece, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of many texts, on all cores; int32."""
+        """`encode` of many texts, on all cores unless TOKENIZERS_PARALLELISM=false; int32."""
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        if not np.isin(np.concatenate(ids), list(self._special_ids)).any():
+        special = list(self._special_ids)
+        if not (ids and np.isin(np.concatenate(ids), special).any()):
             return ids
-        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+        return [
+            np.array(self.encode(text), dtype=np.int32)
+            if np.isin(tokens, special).any()
+            else tokens
+            for text, tokens in zip(texts, ids, strict=True)
+        ]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids, special tokens included."""
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def reproduces(self, text: str, tokens: Sequence[int]) -> bool:
+        """Whether the ids decode to the text, without decoding them if that is possible."""
+        if self.token_bytes is not None:
+            joined = b"".join(map(self.token_bytes.__getitem__, tokens))
+            if joined == text.encode():
+                return True  # the bytes are valid UTF-8, which every decoder returns as it is
+        return self.decode(list(tokens)) == text
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The UTF-8 bytes that each id stands for, where the decoder joins them and does no more:
+        those of byte-level tokenizers and of SentencePiece's. None for other decoders."""
+        decoder = json.loads(self.tokenizer.to_str())["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        ids = range(self.tokenizer.get_vocab_size())
+        pieces = [self.tokenizer.id_to_token(i) or "" for i in ids]
+        types = [step.get("type") for step in steps]
+        if types == ["ByteLevel"]:
+            return [_byte_level(piece) for piece in pieces]
+        if types == ["Replace", "ByteFallback", "Fuse"] and "String" in steps[0]["pattern"]:
+            old, new = steps[0]["pattern"]["String"], steps[0]["content"]
+            return [_byte_fallback(piece.replace(old, new)) for piece in pieces]
+        return None
 
     def prefix_characters(self, text: str, tokens: int) -> int:
         """How many characters the first `tokens` tokens of `text` cover."""
@@ -108,3 +144,27 @@ def chunk_token_budget(context_length: int, max_latent_tokens: int) -> int:
 
 def _first(value: int | list[int]) -> int:
     return value[0] if isinstance(value, list) else value
+
+
+def _byte_level(piece: str) -> bytes:
+    """The bytes of a token of a byte-level tokenizer, which writes each byte as one character."""
+    try:
+        return bytes(map(_byte_characters().__getitem__, piece))
+    except KeyError:  # a token that was added to the vocabulary as plain text
+        return piece.encode()
+
+
+def _byte_fallback(piece: str) -> bytes:
+    """The bytes of a token of SentencePiece, which writes bytes of rare characters as <0xE2>."""
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
+    return bytes.fromhex(match[1]) if match else piece.encode()
+
+
+@cache
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's character for each byte: itself if it can be seen, else the next one from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = (byte for byte in range(256) if byte not in visible)
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + index): byte for index, byte in enumerate(hidden)
+    }

@@ -42,9 +42,10 @@ def brute_force(sets: Texts, training: Texts, n: int) -> dict[str, int]:
 
 
 def count_overlaps(sets: Texts, training: Texts, n: int) -> dict[str, int]:
-    checker = Contamination(sets.items(), list(training), n)
+    checker = Contamination(sets, list(training), n)
     for corpus, texts in training.items():
-        checker.check_documents(corpus, texts)
+        shared_DS, matched_M = checker.ngrams.overlaps(texts)
+        checker.add(corpus, shared_DS.sum(axis=0).tolist(), matched_M.tolist())
     return checker.counts()
 
 
@@ -81,10 +82,10 @@ def test_each_document_is_checked_separately() -> None:
     """Documents are dropped by this result, which is in the order of the documents."""
     rng = np.random.default_rng(1)
     items, texts = random_texts(rng, 40), random_texts(rng, 200)
-    checker = Contamination([("set", items)], ["em"], 3)
+    checker = Contamination({"set": items}, ["em"], 3)
     set_ngrams = {g for item in items for g in ngrams(item, 3)}
     expected = [not set_ngrams.isdisjoint(ngrams(text, 3)) for text in texts]
-    assert checker.check_documents("em", texts).tolist() == expected
+    assert checker.ngrams.overlaps(texts)[0].any(axis=1).tolist() == expected
     assert True in expected
     assert False in expected
 
@@ -183,6 +184,7 @@ def contamination_params(folder: Path, shard_documents: int = 2, **changes: Any)
     del params["corpora"]["heldout"]
     params["split"] = {
         "shard_documents": shard_documents,
+        "workers": 1,
         "ngram_size": 5,
         "drop_contaminated": False,
         **changes,

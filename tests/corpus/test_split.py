@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from boltlm.corpus import sources
-from boltlm.corpus.chunks import Chunker, ChunkingConfig
+from boltlm.corpus.chunker import Chunker
+from boltlm.corpus.chunks import ChunkingConfig
 from boltlm.corpus.corpora import corpus_documents
 from boltlm.corpus.reference_latents import reference_latents
 from boltlm.corpus.sources import CorpusSource
@@ -55,7 +56,7 @@ def split_params(path: Path, texts: list[str], corpora: dict[str, int]) -> dict[
         },
         "corpora": {**entries, "heldout": heldout},
         "questions": {"count": 0, "source": {}},
-        "split": {"shard_documents": 3, "ngram_size": 13, "drop_contaminated": False},
+        "split": {"shard_documents": 3, "workers": 1, "ngram_size": 13, "drop_contaminated": False},
         "chunks": {
             "mean_sentences": 1.5,
             "min_sentences": 1,
@@ -84,7 +85,11 @@ def split_into(
 ) -> dict[str, int | float]:
     chunker = Chunker(lengths, coder, 100, seed=1)
     return split_corpora(
-        settings(params), chunker, split_dir=folder / "split", chunks_dir=folder / "chunks"
+        settings(params),
+        chunker,
+        work=folder / "work",
+        split_dir=folder / "split",
+        chunks_dir=folder / "chunks",
     )
 
 
@@ -144,7 +149,7 @@ def test_a_source_is_read_once_for_all_its_corpora(
     monkeypatch.setattr(sources, "read_documents", read_documents)
     split_into(tmp_path, params, base_coder)
     assert opened.count(settings(params).corpora["base"].source) == 1
-    assert len(opened) == 3  # the held-out source is also read as an evaluation set
+    assert len(opened) == 2  # the held-out source too, although it is also an evaluation set
     assert [d.doc_id for d in read_table(tmp_path / "split" / "one", Document)] == ["4", "5"]
     assert [d.doc_id for d in read_table(tmp_path / "split" / "two", Document)] == ["6", "7", "8"]
     assert not (tmp_path / "split" / "base").exists()

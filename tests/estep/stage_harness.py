@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from boltlm.corpus.chunks import Chunker, ChunkingConfig
+from boltlm.corpus.chunker import Chunker
+from boltlm.corpus.chunks import ChunkingConfig
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
@@ -54,6 +55,7 @@ class LatentsStage:
         split_corpora(
             build_settings(SplitSettings, self.params),
             Chunker(lengths, TextCoder(model), 100, seed=1),
+            work=folder / "work",
             split_dir=folder / "split",
             chunks_dir=folder / "chunks",
         )

@@ -12,7 +12,8 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from boltlm import checkpoint
-from boltlm.corpus.chunks import Chunker, ChunkingConfig
+from boltlm.corpus.chunker import Chunker
+from boltlm.corpus.chunks import ChunkingConfig
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.errors import UserError
 from boltlm.estep import executors
@@ -53,6 +54,7 @@ class Stage:
         split_corpora(
             build_settings(SplitSettings, self.params),
             Chunker(chunking, TextCoder(model), 100, seed=1),
+            work=folder / "work",
             split_dir=folder / "split",
             chunks_dir=folder / "chunks",
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from boltlm.corpus.chunks import Chunker
+from boltlm.corpus.chunker import Chunker
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Document, read_shard, shard_paths
@@ -223,6 +223,7 @@ class TeacherStage:
         split_corpora(
             settings,
             chunker,
+            work=self.folder / "work",
             split_dir=self.folder / "split",
             chunks_dir=self.folder / "chunks",
         )

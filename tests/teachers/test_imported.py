@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from boltlm.corpus.chunks import Chunker
+from boltlm.corpus.chunker import Chunker
 from boltlm.corpus.reference_latents import NO_LATENT
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.errors import UserError
@@ -43,7 +43,11 @@ class Experiment:
         """Run the stage `split`, with chunks as long as the pieces are."""
         settings = build_settings(SplitSettings, self.params)
         chunker = Chunker(settings.chunks, self.coder, 10_000, settings.data_seed)
-        folders = {"split_dir": self.folder / "split", "chunks_dir": self.folder / "chunks"}
+        folders = {
+            "work": self.folder / "work",
+            "split_dir": self.folder / "split",
+            "chunks_dir": self.folder / "chunks",
+        }
         return split_corpora(settings, chunker, **folders)
 
     def released(self, iteration: int) -> Path:

@@ -1,23 +1,13 @@
-"""Documents are cut into chunks, of whole sentences or as their source cuts them; each chunk is
-tokenised alone, without loss.
-
-Joining the sentences of a document, or its chunks, gives its text back exactly; so does decoding
-the token ids of all its chunks, joined (docs/method.md, section 2).
-"""
+"""The sentences of a text, and the lengths of chunks in sentences (docs/method.md, section 2)."""
 
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from boltlm.corpus.pieces import document_pieces
 from boltlm.errors import UserError
-from boltlm.records import Chunk, Document
-from boltlm.seeds import generator
 
 # A sentence ends after . ! ? or … and closing marks if white space follows, and before a blank
 # line, but not after an initial or one of these abbreviations.
@@ -27,20 +17,6 @@ _ABBREVIATIONS = (
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
 _LOOK_BACK = 16  # characters, more than the longest abbreviation has
-
-
-class LossyTextError(UserError):
-    """The tokenizer cannot reproduce the text of a document."""
-
-
-class ChunkEncoder(Protocol):
-    """What chunking needs of a tokenizer; `boltlm.tokens.TextCoder` implements it."""
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, tokens: list[int]) -> str: ...
-    def prefix_characters(self, text: str, tokens: int) -> int:
-        """How many characters the first `tokens` tokens of `text` cover."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,91 +89,3 @@ def sample_chunk_lengths(count: int, config: ChunkingConfig, rng: np.random.Gene
         lengths.append(min(length, remaining))
         remaining -= lengths[-1]
     return lengths
-
-
-class Chunker:
-    """Cuts documents into chunks of at most `max_chunk_tokens` tokens.
-
-    `cut_chunks` counts the runs of sentences, or the pieces, that were longer and had to be cut
-    into several chunks. Raises UserError if `max_chunk_tokens` is less than 1.
-    """
-
-    def __init__(
-        self, config: ChunkingConfig, encoder: ChunkEncoder, max_chunk_tokens: int, seed: int
-    ) -> None:
-        if max_chunk_tokens < 1:
-            raise UserError(
-                f"the model's context length leaves {max_chunk_tokens} tokens to a chunk; lower"
-                " max_latent_tokens or use a model with a longer context"
-            )
-        self.config, self.encoder = config, encoder
-        self.max_chunk_tokens, self.seed = max_chunk_tokens, seed
-        self.cut_chunks = 0
-
-    def chunks(self, document: Document) -> list[Chunk]:
-        """The document's chunks in reading order: its pieces, if it has them, or else runs of its
-        sentences. They depend on the seed and on this document alone. Raises LossyTextError where
-        the tokenizer cannot reproduce the text."""
-        if not is_encodable(document.text):
-            raise LossyTextError(f"document '{document.doc_id}': unpaired surrogate in its text")
-        chunks: list[Chunk] = []
-        for sentences in self._runs(document):
-            for text in self._cut_to_fit(sentences):
-                tokens = tuple(self.encoder.encode(text))
-                if self.encoder.decode(list(tokens)) != text:
-                    raise LossyTextError(
-                        f"document '{document.doc_id}': the tokenizer does not reproduce its text"
-                    )
-                chunks.append(
-                    Chunk(doc_id=document.doc_id, chunk=len(chunks), text=text, tokens=tokens)
-                )
-        return chunks
-
-    def _runs(self, document: Document) -> Iterator[list[str]]:
-        """The sentences of each chunk, before those that are too long are cut."""
-        if document.pieces is not None:
-            for piece in document_pieces(document):
-                yield split_sentences(piece.text)
-            return
-        rng = generator(self.seed, "chunks", document.doc_id)
-        sentences = split_sentences(document.text)
-        start = 0
-        for length in sample_chunk_lengths(len(sentences), self.config, rng):
-            yield sentences[start : start + length]
-            start += length
-
-    def _cut_to_fit(self, sentences: list[str]) -> Iterator[str]:
-        """The sentences as one text if that is short enough, otherwise as several. A sentence is
-        cut only if it is too long by itself."""
-        text = "".join(sentences)
-        if len(self.encoder.encode(text)) <= self.max_chunk_tokens:
-            yield text
-            return
-        self.cut_chunks += 1
-        pending = ""
-        for sentence in sentences:
-            if pending and len(self.encoder.encode(pending + sentence)) > self.max_chunk_tokens:
-                yield pending
-                pending = ""
-            pending += sentence
-            while len(self.encoder.encode(pending)) > self.max_chunk_tokens:
-                prefix = self._fitting_prefix(pending)
-                yield prefix
-                pending = pending[len(prefix) :]
-        if pending:
-            yield pending
-
-    def _fitting_prefix(self, text: str) -> str:
-        """A prefix that is short enough when it is encoded alone. It ends where a token of `text`
-        ends if possible, otherwise where the ratio of tokens to characters suggests."""
-        size = min(self.encoder.prefix_characters(text, self.max_chunk_tokens), len(text) - 1)
-        while size > 0:
-            tokens = len(self.encoder.encode(text[:size]))
-            if tokens <= self.max_chunk_tokens:
-                return text[:size]
-            size = min(size - 1, size * self.max_chunk_tokens // tokens + 1)
-        raise UserError(
-            f"a single character takes more than the {self.max_chunk_tokens} tokens that the"
-            " context length leaves to a chunk; lower max_latent_tokens or use a model with a"
-            " longer context"
-        )

@@ -10,12 +10,11 @@ n-grams of the evaluation sets, I items of all sets, M n-grams of a batch that m
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-
-from boltlm.errors import UserError
-from boltlm.progress import track_progress
 
 # Bases of the polynomial hashes; numbers ≡ 5 mod 8 have the largest order modulo 2^64.
 _CHARACTER_BASE, _WORD_BASE = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95
@@ -24,68 +23,88 @@ _BATCH_CHARACTERS = 100_000  # hashed at once, so that the intermediate arrays f
 _FILTER_BITS = 24  # leading bits of a hash; the filter rejects most n-grams of training text
 
 
-class Contamination:
-    """Counts the n-grams that training corpora share with evaluation sets.
+class EvaluationNgrams:
+    """The distinct n-grams of evaluation sets, with which documents are compared.
 
-    `sets`: the name and the texts of the items of each evaluation set, each read once. `training`:
-    the names of the training corpora; all of them appear in `counts`, with zeros where nothing is
-    shared. Raises UserError where two sets have the same name.
+    `in_set_GS`: which sets each n-gram `ngrams_G` belongs to.
     """
 
-    def __init__(
-        self, sets: Iterable[tuple[str, Iterable[str]]], training: Sequence[str], ngram_size: int
-    ) -> None:
-        self.hasher = NgramHasher(ngram_size)
-        self.set_sizes: dict[str, int] = {}
-        hashes_E, items_E = self._hash_sets(sets)
-        # Entry e says that the item `items_E[e]` contains the n-gram `ngrams_G[entries_E[e]]`.
-        self.items_E = items_E
-        self.ngrams_G, self.entries_E = np.unique(hashes_E, return_inverse=True)
-        self.matched_G = np.zeros(len(self.ngrams_G), bool)
-        set_count = len(self.set_sizes)
-        self.set_of_item_I = np.repeat(np.arange(set_count), list(self.set_sizes.values()))
-        self.in_set_GS = np.zeros((len(self.ngrams_G), set_count), bool)
-        self.in_set_GS[self.entries_E, self.set_of_item_I[self.items_E]] = True
+    def __init__(self, hasher: "NgramHasher", ngrams_G: np.ndarray, in_set_GS: np.ndarray) -> None:
+        self.hasher, self.ngrams_G, self.in_set_GS = hasher, ngrams_G, in_set_GS
         self.prefix_filter = np.zeros(2**_FILTER_BITS, bool)
-        self.prefix_filter[_prefixes(self.ngrams_G)] = True
-        self.documents_S = {name: np.zeros(set_count, np.int64) for name in training}
+        self.prefix_filter[_prefixes(ngrams_G)] = True
 
-    def _hash_sets(
-        self, sets: Iterable[tuple[str, Iterable[str]]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(hash, index of its item) of every n-gram of the sets; fills `set_sizes`."""
-        hashes, items = [np.zeros(0, np.uint64)], [np.zeros(0, np.intp)]
-        total = 0
-        for name, texts in sets:
-            if name in self.set_sizes:
-                raise UserError(f"two evaluation sets are called '{name}'; rename that corpus")
-            self.set_sizes[name] = 0
-            tracked = track_progress(texts, what=f"n-grams of {name}", total=None, unit="items")
-            for batch in _batches(tracked):
-                batch_hashes, owners = self.hasher.hash_ngrams(batch)
-                hashes.append(batch_hashes)
-                items.append(owners + total)
-                self.set_sizes[name] += len(batch)
-                total += len(batch)
-        return np.concatenate(hashes), np.concatenate(items)
-
-    def check_documents(self, corpus: str, texts: Sequence[str]) -> np.ndarray:
-        """Whether each of these documents of a training corpus shares an n-gram with any set, as a
-        boolean array (D,). The documents and the items with which they share one are counted."""
-        shared_DS = np.zeros((len(texts), len(self.set_sizes)), bool)
+    def overlaps(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each of these documents shares an n-gram with each set, (D, S), and the indices
+        in `ngrams_G` of the n-grams that any of them shares, (M,)."""
+        shared_DS = np.zeros((len(texts), self.in_set_GS.shape[1]), bool)
+        matched = [np.zeros(0, np.intp)]
         start = 0
-        for batch in _batches(texts):
+        for batch in text_batches(texts):
             hashes, owners = self.hasher.hash_ngrams(batch)
             candidates = np.flatnonzero(self.prefix_filter[_prefixes(hashes)])
             indices = np.searchsorted(self.ngrams_G, hashes[candidates])
             indices = np.minimum(indices, len(self.ngrams_G) - 1)
             equal = self.ngrams_G[indices] == hashes[candidates]
             indices_M, owners_M = indices[equal], owners[candidates][equal]
-            self.matched_G[indices_M] = True
             np.logical_or.at(shared_DS, start + owners_M, self.in_set_GS[indices_M])
+            matched.append(indices_M)
             start += len(batch)
-        self.documents_S[corpus] += shared_DS.sum(axis=0)
-        return np.logical_or.reduce(shared_DS, axis=1)
+        return shared_DS, np.unique(np.concatenate(matched))
+
+    def facts(self) -> list[Any]:
+        """What overlaps depend on, for a fingerprint."""
+        digest = hashlib.blake2b(self.ngrams_G.tobytes(), digest_size=16)
+        digest.update(np.packbits(self.in_set_GS).tobytes())
+        return [self.hasher.ngram_size, list(self.in_set_GS.shape), digest.hexdigest()]
+
+
+class Contamination:
+    """Counts the n-grams that training corpora share with evaluation sets.
+
+    `sets`: the name and the texts of the items of each evaluation set, each read once. `training`:
+    the names of the training corpora; all of them appear in `counts`, with zeros where nothing is
+    shared. `ngrams`: what documents are compared with.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, Iterable[str]], training: Sequence[str], ngram_size: int
+    ) -> None:
+        hasher = NgramHasher(ngram_size)
+        self.set_sizes: dict[str, int] = {}
+        hashes_E, items_E = self._hash_sets(sets, hasher)
+        # Entry e says that the item `items_E[e]` contains the n-gram `ngrams_G[entries_E[e]]`.
+        self.items_E = items_E
+        ngrams_G, self.entries_E = np.unique(hashes_E, return_inverse=True)
+        self.matched_G = np.zeros(len(ngrams_G), bool)
+        set_count = len(self.set_sizes)
+        self.set_of_item_I = np.repeat(np.arange(set_count), list(self.set_sizes.values()))
+        in_set_GS = np.zeros((len(ngrams_G), set_count), bool)
+        in_set_GS[self.entries_E, self.set_of_item_I[self.items_E]] = True
+        self.ngrams = EvaluationNgrams(hasher, ngrams_G, in_set_GS)
+        self.documents_S = {name: np.zeros(set_count, np.int64) for name in training}
+
+    def _hash_sets(
+        self, sets: Mapping[str, Iterable[str]], hasher: "NgramHasher"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(hash, index of its item) of every n-gram of the sets; fills `set_sizes`."""
+        hashes, items = [np.zeros(0, np.uint64)], [np.zeros(0, np.intp)]
+        total = 0
+        for name, texts in sets.items():
+            self.set_sizes[name] = 0
+            for batch in text_batches(texts):
+                batch_hashes, owners = hasher.hash_ngrams(batch)
+                hashes.append(batch_hashes)
+                items.append(owners + total)
+                self.set_sizes[name] += len(batch)
+                total += len(batch)
+        return np.concatenate(hashes), np.concatenate(items)
+
+    def add(self, corpus: str, documents_S: Sequence[int], matched_M: Sequence[int]) -> None:
+        """Count documents of a training corpus: how many of them share an n-gram with each set, and
+        the indices of the n-grams that they share."""
+        self.documents_S[corpus] += np.array(documents_S, np.int64)
+        self.matched_G[np.array(matched_M, np.intp)] = True
 
     def counts(self) -> dict[str, int]:
         """For each set: its items, how many of them share an n-gram with a document that was
@@ -153,7 +172,7 @@ class _Powers:
         return (totals[ends] - totals[starts]) * self.inverse_powers[starts]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Consecutive texts; each list but the last has at least _BATCH_CHARACTERS characters."""
     batch: list[str] = []
     size = 0

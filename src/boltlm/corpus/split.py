@@ -7,24 +7,38 @@ Training documents that share an n-gram with an evaluation set are counted, and 
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from boltlm.corpus import sources
 from boltlm.corpus.benchmarks import BenchmarkName, read_benchmark
-from boltlm.corpus.chunks import Chunker, ChunkingConfig, LossyTextError
+from boltlm.corpus.chunker import Chunker
+from boltlm.corpus.chunks import ChunkingConfig
 from boltlm.corpus.contamination import Contamination
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, open_source, take_documents
 from boltlm.corpus.inputs import require_input
 from boltlm.corpus.readers import is_file_name
-from boltlm.corpus.reference_latents import by_sentences
 from boltlm.corpus.sources import CorpusSource
+from boltlm.corpus.split_shards import (
+    CHUNKS,
+    DOCUMENTS,
+    ShardChunker,
+    ShardComparer,
+    SourceShard,
+    SplitShard,
+    chunking_folder,
+)
 from boltlm.errors import UserError
 from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
 from boltlm.progress import Progress
-from boltlm.records import Chunk, Document, Question, shard_name, write_shard
+from boltlm.records import Document, Question, shard_name, write_shard
+from boltlm.shard_store import publish_files
+from boltlm.worker_pool import process_items
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +51,12 @@ class QuestionsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitConfig:
-    """`shard_documents`: documents of a shard. `ngram_size`: number of consecutive words that a
-    document must share with an evaluation set to count as contaminated."""
+    """`shard_documents`: documents of a shard. `workers`: processes that work on shards at the same
+    time. `ngram_size`: number of consecutive words that a document must share with an evaluation
+    set to count as contaminated."""
 
     shard_documents: PositiveInt
+    workers: PositiveInt
     ngram_size: PositiveInt
     drop_contaminated: bool
 
@@ -72,6 +88,7 @@ class SplitSettings:
                 require_input(f"benchmarks.{benchmark}", path, self.inputs)
         self._check_order()
         self._check_pieces()
+        self._check_sets()
 
     def _check_order(self) -> None:
         """Raises UserError where the stage `base` would read what another corpus takes."""
@@ -98,6 +115,12 @@ class SplitSettings:
                     " pieces; set columns.pieces of a source of kind files or hub, or take the"
                     " corpus out of chunks.from_source"
                 )
+
+    def _check_sets(self) -> None:
+        """Raises UserError where two evaluation sets would be counted under one name."""
+        for name in heldout_names(self):
+            if name in ("questions", *self.benchmarks):
+                raise UserError(f"two evaluation sets are called '{name}'; rename that corpus")
 
 
 def stream_corpora(
@@ -134,130 +157,118 @@ def heldout_questions(settings: SplitSettings) -> list[Question]:
     return list(itertools.islice(questions, config.count))
 
 
-def heldout_corpora(settings: SplitSettings) -> list[str]:
+def heldout_names(settings: SplitSettings) -> list[str]:
     """The names of the corpora on which models are evaluated."""
     return list(dict.fromkeys((settings.heldout_corpus, *settings.extra_corpora)))
 
 
-def evaluation_sets(
-    settings: SplitSettings, questions: Sequence[Question]
-) -> Iterator[tuple[str, Iterator[str]]]:
-    """Name and texts of each evaluation set: the held-out corpora as their sources have them, the
-    questions and the benchmarks. The texts of a set must be read before the next set is
-    requested."""
-    for name, documents in stream_corpora(settings, heldout_corpora(settings)):
-        yield name, (document.text for document in documents)
-    yield "questions", (f"{question.prompt} {question.answer}" for question in questions)
-    for benchmark, data_path in settings.benchmarks.items():
-        items = read_benchmark(benchmark, data_path)
-        yield benchmark, (" ".join((i.question, *i.choices, i.solution)) for i in items)
-
-
 def split_corpora(
-    settings: SplitSettings, chunker: Chunker, *, split_dir: Path, chunks_dir: Path
+    settings: SplitSettings, chunker: Chunker, *, work: Path, split_dir: Path, chunks_dir: Path
 ) -> dict[str, int | float]:
     """Write the documents and chunks of every corpus, and the questions; return the counts. The
     corpus `base` is not written, because only the stage `base` reads it, before chunks exist.
 
-    Documents that are empty, that the tokenizer cannot reproduce or, if `split.drop_contaminated`
-    is true, that are contaminated are dropped and counted as `<corpus>/dropped_<reason>`; so are
-    pieces without text in the corpora of `chunks.from_source`, whose chunks are the pieces.
+    Each source is read once, by this process; `split.workers` processes do the rest of the work,
+    shard by shard, and save it below `work`. The result does not depend on their number. Documents
+    that are empty, that the tokenizer cannot reproduce or, if `split.drop_contaminated` is true,
+    that are contaminated are dropped and counted as `<corpus>/dropped_<reason>`; so are pieces
+    without text in the corpora of `chunks.from_source`, whose chunks are the pieces.
     Raises UserError where a source has too few documents, two documents of a corpus share an id, or
     all documents of a corpus are dropped.
     """
-    names = [name for name in settings.corpora if name != BASE_CORPUS]
-    heldout = heldout_corpora(settings)
-    training = [name for name in names if name not in heldout]
+    heldout = heldout_names(settings)
     questions = heldout_questions(settings)
-    contamination = Contamination(
-        evaluation_sets(settings, questions), training, settings.split.ngram_size
-    )
-    writer = _CorpusWriter(settings.split, chunker, contamination, split_dir, chunks_dir)
-    for name, documents in stream_corpora(settings, names):
-        total = settings.corpora[name].documents
-        with Progress(what=f"split {name}", total=total, unit="documents") as progress:
-            writer.write(name, documents, name in training, progress)
+    sets: dict[str, list[str]] = {name: [] for name in heldout}
+    sets["questions"] = [f"{question.prompt} {question.answer}" for question in questions]
+    for benchmark, data_path in settings.benchmarks.items():
+        items = read_benchmark(benchmark, data_path)
+        sets[benchmark] = [" ".join((i.question, *i.choices, i.solution)) for i in items]
+    shards = _chunk_shards(settings, chunker, sets, chunking_folder(work, chunker))
+    training = [name for name in shards if name not in heldout]
+    contamination = Contamination(sets, training, settings.split.ngram_size)
+    for shard in _compare_shards(settings, contamination, [s for n in training for s in shards[n]]):
+        shards[shard.corpus][shard.index] = shard
+    counts = _count(shards)
+    for name, corpus_shards in shards.items():
+        for out, file_name in ((split_dir, DOCUMENTS), (chunks_dir, CHUNKS)):
+            paths = (shard.folder / file_name for shard in corpus_shards)
+            publish_files({shard_name(i): path for i, path in enumerate(paths)}, out / name)
     write_shard(split_dir / "questions" / shard_name(0), Question, questions)
-    counts = {"questions": len(questions), "cut_chunks": chunker.cut_chunks}
-    return {**writer.counts, **counts, **contamination.counts()}
+    return {**counts, "questions": len(questions), **contamination.counts()}
 
 
-class _CorpusWriter:
-    """Writes corpora shard by shard and counts what was written and what was dropped."""
+def _chunk_shards(
+    settings: SplitSettings, chunker: Chunker, sets: Mapping[str, list[str]], folder: Path
+) -> dict[str, list[SplitShard]]:
+    """The shards of each corpus but `base`, in order, with their chunks. The texts of held-out
+    corpora, as their sources have them, are added to `sets`."""
+    names = [name for name in settings.corpora if name != BASE_CORPUS]
+    done: dict[str, dict[int, SplitShard]] = {name: {} for name in names}
+    total = sum(settings.corpora[name].documents for name in names)
+    with Progress(what="split", total=total, unit="documents") as progress:
+        source_shards = _source_shards(settings, names, sets)
+        create = partial(ShardChunker, chunker, folder)
+        for shard in _in_workers(settings, create, source_shards):
+            done[shard.corpus][shard.index] = shard
+            progress.note(shard.corpus)
+            progress.advance(shard.source_documents)
+    return {name: [shards[i] for i in sorted(shards)] for name, shards in done.items()}
 
-    def __init__(
-        self,
-        config: SplitConfig,
-        chunker: Chunker,
-        contamination: Contamination,
-        split_dir: Path,
-        chunks_dir: Path,
-    ) -> None:
-        self.config, self.chunker, self.contamination = config, chunker, contamination
-        self.split_dir, self.chunks_dir = split_dir, chunks_dir
-        self.counts: Counter[str] = Counter()
 
-    def write(
-        self, name: str, documents: Iterator[Document], is_training: bool, progress: Progress
-    ) -> None:
-        """Write the corpus `name`. `is_training`: whether its contamination is checked."""
+def _source_shards(
+    settings: SplitSettings, names: Sequence[str], sets: Mapping[str, list[str]]
+) -> Iterator[SourceShard]:
+    for name, documents in stream_corpora(settings, names):
         seen: set[bytes] = set()
-        for index, batch in enumerate(_batches(documents, self.config.shard_documents)):
+        for index in itertools.count():
+            batch = list(itertools.islice(documents, settings.split.shard_documents))
+            if not batch:
+                break
             _check_unique_ids(batch, seen, name)
-            chunked = self._chunk(name, batch)
-            if is_training:
-                chunked = self._check_contamination(name, chunked)
-            self._write_shard(name, shard_name(index), chunked)
-            progress.advance(len(batch))
-        if self.counts[f"{name}/documents"] == 0:
+            if name in sets:
+                sets[name].extend(document.text for document in batch)
+            has_pieces = name in settings.chunks.from_source
+            yield SourceShard(corpus=name, index=index, documents=batch, has_pieces=has_pieces)
+
+
+def _compare_shards(
+    settings: SplitSettings, contamination: Contamination, shards: Sequence[SplitShard]
+) -> Iterator[SplitShard]:
+    """Each shard of a training corpus when it is compared with the evaluation sets, any first;
+    what it shares with them is added to `contamination`."""
+    create = partial(ShardComparer, contamination.ngrams, settings.split.drop_contaminated)
+    with Progress(what="contamination", total=len(shards), unit="shards") as progress:
+        for shard in _in_workers(settings, create, shards):
+            assert shard.overlaps is not None
+            contamination.add(shard.corpus, *shard.overlaps)
+            progress.advance(1)
+            yield shard
+
+
+def _in_workers(
+    settings: SplitSettings,
+    create: Callable[[], Callable[[_Item], SplitShard]],
+    items: Iterable[_Item],
+) -> Iterator[SplitShard]:
+    """The result for each item, in any order: made here, or in several worker processes."""
+    if settings.split.workers == 1:
+        return map(create(), items)
+    return process_items([create] * settings.split.workers, items, what="split")
+
+
+def _count(shards: Mapping[str, Sequence[SplitShard]]) -> Counter[str]:
+    """What was written and dropped. Raises UserError where nothing is left of a corpus."""
+    counts = Counter({"cut_chunks": 0})
+    for name, corpus_shards in shards.items():
+        for shard in corpus_shards:
+            for key, count in shard.counts.items():
+                counts[key if key == "cut_chunks" else f"{name}/{key}"] += count
+        if counts[f"{name}/documents"] == 0:
             raise UserError(
                 f"corpora.{name}: every document was dropped; check its texts, and"
                 " split.drop_contaminated"
             )
-
-    def _chunk(self, name: str, batch: list[Document]) -> list[tuple[Document, list[Chunk]]]:
-        """The documents that can be chunked, with their chunks."""
-        chunked: list[tuple[Document, list[Chunk]]] = []
-        from_source = name in self.chunker.config.from_source
-        for document in batch if from_source else map(by_sentences, batch):
-            if not document.text:
-                self.counts[f"{name}/dropped_empty"] += 1
-                continue
-            try:
-                chunked.append((document, self.chunker.chunks(document)))
-            except LossyTextError:
-                self.counts[f"{name}/dropped_not_reversible"] += 1
-                continue
-            if from_source and (empty := (document.pieces or ()).count(0)):
-                self.counts[f"{name}/dropped_empty_pieces"] += empty
-        return chunked
-
-    def _check_contamination(
-        self, name: str, chunked: list[tuple[Document, list[Chunk]]]
-    ) -> list[tuple[Document, list[Chunk]]]:
-        """Count contaminated documents; the documents that are retained, with their chunks."""
-        texts = [document.text for document, _ in chunked]
-        contaminated = self.contamination.check_documents(name, texts)
-        if not self.config.drop_contaminated:
-            return chunked
-        self.counts[f"{name}/dropped_contaminated"] += int(contaminated.sum())
-        return [pair for pair, drop in zip(chunked, contaminated, strict=True) if not drop]
-
-    def _write_shard(
-        self, name: str, shard: str, chunked: list[tuple[Document, list[Chunk]]]
-    ) -> None:
-        documents = [document for document, _ in chunked]
-        chunks = [chunk for _, document_chunks in chunked for chunk in document_chunks]
-        self.counts[f"{name}/documents"] += len(documents)
-        self.counts[f"{name}/chunks"] += len(chunks)
-        self.counts[f"{name}/tokens"] += sum(len(chunk.tokens) for chunk in chunks)
-        write_shard(self.split_dir / name / shard, Document, documents)
-        write_shard(self.chunks_dir / name / shard, Chunk, chunks)
-
-
-def _batches(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(documents, size)):
-        yield batch
+    return counts
 
 
 def _check_unique_ids(batch: list[Document], seen: set[bytes], name: str) -> None:

@@ -57,7 +57,8 @@ class ShardTask:
     def reusable_samples(self, shard: str) -> list[list[Sample]] | None:
         """The draws of a shard from the proposal that were made for another K or another variant,
         by chunk: those of the largest such K whose shard is complete, or None."""
-        counts = {path: int(path.name.rpartition("-k")[2]) for path in self.folder.glob("*-k*")}
+        folders = [path for path in self.folder.glob("*-k*") if path.is_dir()]
+        counts = {path: int(path.name.rpartition("-k")[2]) for path in folders}
         for folder in sorted(counts, key=lambda path: (counts[path], path.name), reverse=True):
             path = folder / shard
             if folder != self.samples_folder(self.num_samples) and is_complete(path):

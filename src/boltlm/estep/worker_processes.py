@@ -3,18 +3,21 @@
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from boltlm import interruption
 from boltlm.errors import UserError
 
 _Task = TypeVar("_Task")
+MAX_RESTARTS = 2  # of a task whose process dies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +44,7 @@ def run_tasks(
     `run(task, wait)` does a task and returns whether it is done. With `wait` false it may decline
     a task that another process is doing; with `wait` true it waits for that process. So stages that
     run at the same time share their tasks. After an error no task is started; what is running is
-    completed first, and then the error is raised: a UserError where a process died.
+    completed first, and then the error is raised: a UserError where a process died repeatedly.
     """
     declined = dict(tasks)
     for wait in (False, True):
@@ -95,29 +98,43 @@ def _run_task(
     threads: int | None,
 ) -> bool:
     """Do a task in a process of its own, on GPUs that no other task has meanwhile. The process ends
-    with the task, because vLLM gives memory back only then."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    names = gpus.get()
+    with the task, because vLLM gives memory back only then; one that dies is started again, at most
+    MAX_RESTARTS times."""
+    names, deaths = gpus.get(), 0
     try:
-        process = context.Process(target=_process, args=(sender, run, task, wait, names, threads))
-        process.start()
-        sender.close()
-        try:
-            outcome = receiver.recv()
-        except EOFError:
-            outcome = None
-        process.join()
+        while True:
+            outcome, code = _run_process((run, task, wait, names, threads))
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is not None:
+                return outcome
+            deaths += 1
+            problem = f"{label}: its process ended with exit code {code} (-9: killed, perhaps for"
+            if deaths > MAX_RESTARTS or interruption.was_interrupted():
+                raise UserError(
+                    f"{problem} lack of memory), {deaths} times; what is finished is saved, run"
+                    " again to resume"
+                )
+            print(f"{problem} lack of memory); it is started again", file=sys.stderr, flush=True)
     finally:
         gpus.put(names)
-    if outcome is None:
-        raise UserError(
-            f"{label}: its process ended with exit code {process.exitcode} (-9: killed, perhaps for"
-            " lack of memory); what is finished is saved, run again to resume"
-        )
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+
+
+def _run_process(arguments: tuple[Any, ...]) -> tuple[bool | Exception | None, int | None]:
+    """What a task in a process of its own returned or raised, None if the process died, and the
+    exit code."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_process, args=(sender, *arguments))
+    with interruption.without_ctrl_c():
+        process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        outcome = None
+    process.join()
+    return outcome, process.exitcode
 
 
 def _process(
@@ -129,6 +146,7 @@ def _process(
     threads: int | None,
 ) -> None:
     """Of a worker: do one task and send what it returns or raises."""
+    interruption.end_with_parent(signal.SIGKILL)
     use_gpus(gpus)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -137,12 +155,7 @@ def _process(
         outcome = run(task, wait)
     except (UserError, OSError) as error:  # any other is a defect, whose traceback is shown here
         outcome = error
-    except KeyboardInterrupt:
-        return  # Ctrl-C reaches all processes; the stage says so once
-    try:
-        sender.send(outcome)
-    except BrokenPipeError:
-        return  # the stage was killed; what the task has written stays
+    sender.send(outcome)
 
 
 def threads_per_worker(threads: int | None, workers: int) -> int | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import openai
 
+from boltlm import interruption
 from boltlm.teachers.api_key import read_api_key
 from boltlm.teachers.cache_writer import CacheWriter
 from boltlm.teachers.chat_session import ChatSession
@@ -77,3 +78,4 @@ def _interruptible(ledger: RequestLedger) -> Iterator[None]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+        interruption.restore_handlers()  # as outside of this context
