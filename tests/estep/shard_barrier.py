@@ -33,7 +33,7 @@ class BarrierTask(ShardTask):
 
 def complete_shards(work: Path) -> dict[str, int]:
     """The checksum file of each complete shard, with the time at which it was written (ns)."""
-    return {path.name: path.stat().st_mtime_ns for path in work.rglob("*.sha256")}
+    return {path.name: path.stat().st_mtime_ns for path in work.rglob("*.parquet.sha256")}
 
 
 def at_barrier(work: Path) -> bool:
