@@ -33,7 +33,8 @@ class BarrierTask(ShardTask):
 
 def complete_shards(work: Path) -> dict[str, int]:
     """The checksum file of each complete shard, with the time at which it was written (ns)."""
-    return {path.name: path.stat().st_mtime_ns for path in work.rglob("*.parquet.sha256")}
+    paths = (work / "latents").rglob("*.parquet.sha256")
+    return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
 def at_barrier(work: Path) -> bool:
