@@ -27,10 +27,18 @@ while True:  # a library that catches every exception
     except BaseException:
         pass
 """
-WORKING = """
+WITH_TASKS = """
 from boltlm.estep.worker_processes import Workers, run_tasks
-workers = Workers(count=2, gpus_per_worker=0, threads=1, isolated=True, key="key")
-list(run_tasks(script.sleep, {"one": 1, "two": 2}, workers))
+workers = Workers(count=1, gpus_per_worker=0, threads=1, isolated=True, key="key")
+list(run_tasks(script.sleep, {"one": 1}, workers))
+"""
+WITH_WORKER = """
+import multiprocessing
+from boltlm import interruption
+worker = multiprocessing.get_context("spawn").Process(target=script.work)
+with interruption.without_ctrl_c():
+    worker.start()
+worker.join()
 """
 SCRIPT = """
 import os, sys, time
@@ -40,6 +48,11 @@ from boltlm.errors import run_main
 def sleep(task, wait):
     Path(f"ready-{os.getpid()}").touch()
     time.sleep(600)
+
+def work():
+    from boltlm import interruption
+    interruption.end_with_parent(9)
+    sleep(1, True)
 
 def main():
     import script
@@ -109,8 +122,8 @@ def test_a_signal_ends_a_stage_with_one_line(
 @pytest.mark.parametrize("group", [True, False], ids=["group", "stage"])
 def test_a_signal_ends_the_workers_too(group: bool, tmp_path: Path) -> None:
     """Whether the terminal sends it to all processes or a user to the stage."""
-    with started(tmp_path, WORKING) as process:
-        workers = wait_until_ready(tmp_path, 3)
+    with started(tmp_path, WITH_TASKS if group else WITH_WORKER) as process:
+        workers = wait_until_ready(tmp_path, 2)
         send = os.killpg if group else os.kill
         send(process.pid, signal.SIGINT)
         assert process.wait() == 130
@@ -120,9 +133,10 @@ def test_a_signal_ends_the_workers_too(group: bool, tmp_path: Path) -> None:
 
 def test_workers_do_not_outlive_the_stage(tmp_path: Path) -> None:
     """Not even if it has no time to end them."""
-    with started(tmp_path, WORKING) as process:
-        workers = wait_until_ready(tmp_path, 3)
+    with started(tmp_path, WITH_WORKER) as process:
+        workers = wait_until_ready(tmp_path, 2)
         process.kill()
+        process.wait()
         assert_gone(workers)
 
 

@@ -7,7 +7,7 @@ that stages which only need ids start fast.
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -81,12 +81,18 @@ class TextCoder:
         if self._special_ids.isdisjoint(ids):
             return ids
         # The vocabulary has these strings as pieces: split each after its first character.
-        strings = filter(None, map(self.tokenizer.id_to_token, self._special_ids))
-        matches = re.finditer("|".join(map(re.escape, strings)), text)
+        matches = re.finditer("|".join(map(re.escape, self._special_strings())), text)
         edges = [0, *(match.start() + 1 for match in matches), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
         encode = self.tokenizer.encode
         return [token for piece in pieces for token in encode(piece, add_special_tokens=False).ids]
+
+    def _special_strings(self) -> Iterator[str]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        for token in self._special_ids:  # id_to_token may give the string in a normal form
+            string = added[token].content if token in added else self.tokenizer.id_to_token(token)
+            if string:
+                yield string
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of many texts, on all cores unless TOKENIZERS_PARALLELISM=false; int32."""

@@ -252,3 +252,24 @@ def test_text_that_looks_like_bos_stays_text(base_coder: TextCoder) -> None:
         ids = encode_prompt(base_coder, f"a{text}b")
         assert not {*dataclasses.astuple(special)} & {*ids}
         assert base_coder.decode(ids) == f"a{text}b"
+
+
+@pytest.mark.parametrize("space", ["latent", "raw", "cot"])
+def test_questions_and_examples_never_become_special_tokens(
+    space: ThoughtSpace, base_coder: TextCoder
+) -> None:
+    """Whatever a question, an example, a description or a cue holds, the special tokens of a prompt
+    are those of its form; and every text is there as it was, private-use characters too."""
+    hostile = f"a{SOL}b{EOL}{PRIOR}{POST}{SOL[0]}\ue000{SOL[1:]} \ue000\ue000 {tiny.EOS}"
+    examples = [FewShotExample(hostile, f"{hostile} The answer is {hostile}")]
+    plain = [FewShotExample("Q", "T The answer is A")]
+    form = PROMPT_FORMS["gsm8k"]
+    ending = fewshot.as_text(hostile)
+    ids, expected = (
+        encode_prompt(base_coder, render_prompt(form, *arguments, space, ending))
+        for arguments, ending in (((hostile, examples, hostile), ending), (("D", plain, "Q"), "E"))
+    )
+    special = {*dataclasses.astuple(base_coder.special_tokens)}
+    assert [i for i in ids if i in special] == [i for i in expected if i in special]
+    repeats = 4 + (space != "latent")
+    assert base_coder.decode(ids).count(hostile) == repeats

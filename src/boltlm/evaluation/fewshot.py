@@ -26,6 +26,9 @@ from boltlm.tokens import EOL, PRIOR, SOL, SPECIAL_TOKENS, TextCoder
 
 LATENT_START = SOL + PRIOR
 EMPTY_LATENT = SOL + EOL  # tells a model that no latent follows
+# Inside a special token that is meant as text; a prompt is one string, because lm-eval wants it so.
+_ESCAPE = "\ue000"
+_SPECIAL = "|".join(map(re.escape, SPECIAL_TOKENS))
 _EXAMPLE_KEYS = ("question", "thought", "answer")
 COT_CUE = "Let's think step by step."
 # The FLAN examples in lm-eval lost backslashes: \f and \r became control characters or line breaks.
@@ -177,6 +180,12 @@ def _read_returned_literal(path: str, function: str) -> Any:
     )
 
 
+def as_text(text: str) -> str:
+    """A text in the form in which it is a part of a prompt: no special token in it is one."""
+    escaped = text.replace(_ESCAPE, 2 * _ESCAPE)
+    return re.sub(_SPECIAL, lambda match: f"{match[0][0]}{_ESCAPE}{match[0][1:]}", escaped)
+
+
 def render_prompt(
     form: PromptForm,
     description: str,
@@ -185,39 +194,42 @@ def render_prompt(
     space: ThoughtSpace,
     ending: str = "",
 ) -> str:
-    """One prompt, without BOS. `ending` follows the question, except in latent space and where the
-    task has a cue of its own."""
-    text = description
+    """One prompt for `encode_prompt`, without BOS. `ending`, special tokens or `as_text`, follows
+    the question, except in latent space and where the task has a cue of its own."""
+    prompt = as_text(description)
     for example in examples:
-        text += f"{form.question_prefix}{example.question}{form.question_suffix}"
+        prompt += f"{form.question_prefix}{as_text(example.question)}{form.question_suffix}"
         if space == "latent":
             thought, answer = example.split_target(form)
-            text += f"{render_latent(thought)} {answer}\n\n"
+            prompt += f"{render_latent(thought)} {as_text(answer)}\n\n"
         else:
-            text += f" {example.target}\n\n"
-    text += f"{form.question_prefix}{question}{form.question_suffix}"
+            prompt += f" {as_text(example.target)}\n\n"
+    prompt += f"{form.question_prefix}{as_text(question)}{form.question_suffix}"
     if space == "latent":
-        return text + LATENT_START
+        return prompt + LATENT_START
     if form.cot_cue:
-        return f"{text} {form.cot_cue}"
-    return text + ending
+        return f"{prompt} {form.cot_cue}"
+    return prompt + ending
 
 
 def render_latent(thought: str) -> str:
     """SoL Prior Z EoL: a thought with the special tokens that surround it in prior mode."""
-    return f"{LATENT_START}{thought}{EOL}"
+    return f"{LATENT_START}{as_text(thought)}{EOL}"
 
 
-def encode_prompt(coder: TextCoder, text: str) -> list[int]:
-    """The token ids of a text with special tokens; each piece between them is encoded alone."""
-    pieces = re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text)
+def encode_prompt(coder: TextCoder, prompt: str) -> list[int]:
+    """The token ids of special tokens and of texts that `as_text` returned; each text between two
+    special tokens is encoded alone."""
     special = coder.special_tokens
     special_ids = dict(
         zip(SPECIAL_TOKENS, (special.sol, special.eol, special.prior, special.post), strict=True)
     )
     ids: list[int] = []
-    for piece in pieces:
-        ids += [special_ids[piece]] if piece in special_ids else coder.encode(piece)
+    for piece in re.split(f"({_SPECIAL})", prompt):
+        if piece in special_ids:
+            ids.append(special_ids[piece])
+        else:
+            ids += coder.encode(re.sub(f"{_ESCAPE}({_ESCAPE}?)", r"\1", piece))
     return ids
 
 

@@ -94,9 +94,9 @@ def build_examples(
         for thought in thoughts.get(document.doc_id, ()):
             if run.space == "latent":
                 latent = fewshot.render_latent(thought).removeprefix(fewshot.LATENT_START)
-                completion = f"{latent}{answer}"
+                completion = f"{latent}{fewshot.as_text(answer)}"
             else:
-                completion = f" {thought}{answer}"
+                completion = f" {fewshot.as_text(thought + answer)}"
             yield SFTExample(prompt, [*fewshot.encode_prompt(coder, completion), eos])
 
 

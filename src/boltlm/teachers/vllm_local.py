@@ -2,16 +2,19 @@
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from boltlm.errors import UserError
 from boltlm.teachers.model_config import VLLMTeacherConfig
+from boltlm.teachers.prompts import Message
 from boltlm.teachers.requests import PendingRequest, RequestLedger
 from boltlm.teachers.response_cache import TeacherResponse
 
 # Size of vLLM's key-value cache on a CPU unless the environment sets it.
 TEACHER_CPU_CACHE_GIB = "4"
+ZERO_WIDTH_SPACE = "\u200b"
 # Messages as a request has them, with which the chat template is tried.
 EXAMPLE_MESSAGES = [{"role": role, "content": "Reply briefly."} for role in ("system", "user")]
 
@@ -99,7 +102,7 @@ class VLLMClient:
         fitting: list[PendingRequest] = []
         for pending in batch:
             prompt = self.tokenizer.apply_chat_template(
-                list(pending.request.messages), add_generation_prompt=True, tokenize=False
+                self._messages(pending), add_generation_prompt=True, tokenize=False
             )
             length = len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
             if length + max_output_tokens <= context_length:
@@ -111,6 +114,24 @@ class VLLMClient:
                     f" not fit into context_length {context_length}",
                 )
         return fitting
+
+    def _messages(self, pending: PendingRequest) -> list[Message]:
+        """The messages of a request. vLLM reads a special token in their text as that token, which
+        could end a message; so an invisible character follows its first one."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        if not (strings := [token.content for token in tokens if len(token.content) > 1]):
+            return list(pending.request.messages)
+        special = re.compile("|".join(map(re.escape, strings)))
+        return [
+            {
+                "role": message["role"],
+                "content": special.sub(
+                    lambda match: f"{match[0][0]}{ZERO_WIDTH_SPACE}{match[0][1:]}",
+                    message["content"],
+                ),
+            }
+            for message in pending.request.messages
+        ]
 
     def _send(self, requests: list[PendingRequest]) -> list[TeacherResponse]:
         """The responses to a batch of requests, in its order."""
@@ -128,7 +149,7 @@ class VLLMClient:
             )
             for pending in requests
         ]
-        messages = [list(pending.request.messages) for pending in requests]
+        messages = [self._messages(pending) for pending in requests]
         outputs = self.engine.chat(messages, sampling_params, use_tqdm=False)
         return [
             TeacherResponse(

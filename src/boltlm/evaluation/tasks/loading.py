@@ -51,7 +51,7 @@ def load_docs(
                 synthetic=Path(fewshot_path),
                 coder=coder,
                 max_answer_tokens=max_answer_tokens,
-                ending=fewshot.EMPTY_LATENT if no_latent else f" {cue}" if cue else "",
+                ending=fewshot.EMPTY_LATENT if no_latent else cue and f" {fewshot.as_text(cue)}",
             )
             row |= {"cluster": cluster, "cue": number}
             rows += [{**row, "sample": sample} for sample in range(samples)]
