@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from boltlm import interruption
 from boltlm.errors import UserError
 
-MAX_RESTARTS = 3
+MAX_POOL_RESTARTS = 3
 _WAITING_ITEMS = 1  # for each worker, beside the one that it processes: so many are in memory
 
 _Item = TypeVar("_Item")
@@ -42,12 +42,12 @@ def process_items(
     """
     remaining = iter(items)
     unfinished: list[_Item] = []
-    for restarts in range(MAX_RESTARTS + 1):
+    for restarts in range(MAX_POOL_RESTARTS + 1):
         try:
             yield from _run_pool(creates, unfinished, remaining)
             return
         except BrokenProcessPool as error:
-            if restarts == MAX_RESTARTS or interruption.was_interrupted():
+            if restarts == MAX_POOL_RESTARTS or interruption.was_interrupted():
                 raise UserError(
                     f"{what}: a worker process died (killed, or out of memory), also after"
                     f" {restarts} restarts; what is finished is saved, run again to resume"
