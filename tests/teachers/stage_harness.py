@@ -38,7 +38,7 @@ COMMON_KEYS = {
     "max_output_tokens": 64,
     "max_attempts": 3,
     "max_failed_fraction": 0.0,
-    "checks": {"max_copied_fraction": None, "min_tokens": 0},
+    "checks": {"max_copied_fraction": None, "min_tokens": 0, "language": None},
 }
 API_KEYS = {
     "base_url": None,
