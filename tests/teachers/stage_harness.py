@@ -149,6 +149,10 @@ class ServerProcess:
         with self._connect() as db:
             return db.execute("select count(*) from batches").fetchone()[0]
 
+    def batch_ids(self) -> list[str]:
+        with self._connect() as db:
+            return [batch_id for (batch_id,) in db.execute("select id from batches")]
+
     def batch_statuses(self) -> list[str]:
         """The statuses of all batches, in the order of their creation."""
         with self._connect() as db:

@@ -277,7 +277,9 @@ def test_a_text_without_a_certain_language_is_used(text: str) -> None:
 
 def test_an_unknown_language_is_refused() -> None:
     """With all that are known."""
-    with pytest.raises(UserError, match=r"language must be null, source, or one of .*\bde\b.*en-GB"):
+    with pytest.raises(
+        UserError, match=r"language must be null, source, or one of .*\bde\b.*en-GB"
+    ):
         make_checks(language="en-GB")
 
 

@@ -222,6 +222,11 @@ class ResponseCache:
         )
         return [PendingBatch(*row) for row in rows]
 
+    def find_batch(self, batch_id: str) -> PendingBatch | None:
+        """The pending batch with this id, of any teacher."""
+        query = "select token, asker, file, batch, expected_usd from batches where batch = ?"
+        return next((PendingBatch(*row) for row in self._read(query, (batch_id,))), None)
+
     def batch_requests(self, token: str) -> set[tuple[str, int]]:
         """(key, attempt) of every request of a pending batch."""
         rows = self._read("select key, attempt from asked where token = ?", (token,))

@@ -97,6 +97,11 @@ class ResponseChecksConfig:
                 f" found {self.language}"
             )
 
+    @property
+    def need_source(self) -> bool:
+        """Whether responses are compared with the texts that were asked about."""
+        return self.max_copied_fraction is not None or self.language == SOURCE_LANGUAGE
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseChecks:
