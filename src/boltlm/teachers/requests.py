@@ -77,7 +77,7 @@ class RequestLedger:
         """The status of a request."""
         responses, reason = self.cache.responses(request.key), None
         for response in responses:
-            reason = self.checks.unusable_reason(response, request.source)
+            reason = self._unusable_reason(response, request.source)
             if reason is None:
                 return RequestStatus(response, None, None, responses)
         if (failure := self.failed.get(request.key)) is not None:
@@ -114,13 +114,16 @@ class RequestLedger:
         """Count a response of this run to a request that asks about `source`. Stops the run where
         most responses are unusable."""
         self.in_flight.discard(response.key)
-        reason = self.checks.unusable_reason(response, source)
+        reason = self._unusable_reason(response, source)
         self.usable += reason is None
         if reason is not None:
             self.unusable[reason] += 1
         self._check_failures()
         self.show()
         self.progress.advance(1)
+
+    def _unusable_reason(self, response: TeacherResponse, source: str | None) -> str | None:
+        return self.cache.verdict(response, lambda: self.checks.unusable_reason(response, source))
 
     def reject(self, key: str, message: str) -> None:
         """Record that the server did not accept a request, and its message."""

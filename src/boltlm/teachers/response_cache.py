@@ -11,7 +11,7 @@ The names of tables and columns belong to the file format: existing files must s
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from boltlm.teachers.cache_file import (
 from boltlm.teachers.cache_rows import RESPONSE_COLUMNS, read_totals, row_checksum
 
 _MAX_MESSAGE_CHARACTERS = 80
+# On disk, as `counted` below: there may be more responses than fit into memory.
+_VERDICTS = """create temp table verdicts (
+    key text, attempt integer, reason text, primary key (key, attempt)) without rowid"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class ResponseCache:
             self.connection, self.verified = open_cache_file(path, accept_loss=accept_loss)
         except sqlite3.DatabaseError as error:
             raise self._user_error(error, "opened") from error
+        self.connection.execute(_VERDICTS)
 
     def __enter__(self) -> "ResponseCache":
         try:
@@ -207,6 +211,17 @@ class ResponseCache:
         equal keys, so several chunks may share a response, which must be counted once."""
         cursor = self.connection.execute("insert or ignore into temp.counted values (?)", (key,))
         return cursor.rowcount == 1
+
+    def verdict(self, response: TeacherResponse, judge: Callable[[], str | None]) -> str | None:
+        """What `judge` says of a response. It is asked only once over this connection: a run looks
+        at each response several times, and counting its tokens takes most of the time."""
+        request = (response.key, response.attempt)
+        query = "select reason from temp.verdicts where key = ? and attempt = ?"
+        row = self.connection.execute(query, request).fetchone()
+        if row is None:
+            row = (judge(),)
+            self.connection.execute("insert into temp.verdicts values (?, ?, ?)", (*request, *row))
+        return row[0]
 
     def is_in_batch(self, key: str, attempt: int) -> bool:
         """Whether an attempt at a request is part of a pending batch."""
