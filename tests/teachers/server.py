@@ -31,7 +31,7 @@ from aiohttp.typedefs import Handler, Middleware
 KEY = "sk-test-key"
 POLLS = 2  # how often a batch must be looked up until it ends
 TABLES = """
-create table if not exists files (id text primary key, content blob);
+create table if not exists files (id text primary key, content blob, name text);
 create table if not exists batches (id text primary key, facts text, polls integer, fault text);
 create table if not exists answered (digest text primary key, count integer);
 create table if not exists faults (endpoint text, fault text);
@@ -123,15 +123,31 @@ class RateLimit:
         return accepted, headers
 
 
-def file_object(file_id: str, content: bytes) -> dict[str, Any]:
+def file_object(file_id: str, content: bytes, name: str = "f") -> dict[str, Any]:
     return {
         "id": file_id,
         "object": "file",
         "bytes": len(content),
         "created_at": 1,
-        "filename": "f",
+        "filename": name,
         "purpose": "batch",
         "status": "processed",
+    }
+
+
+def page_of(objects: list[dict[str, Any]], request: web.Request) -> dict[str, Any]:
+    """A page of a list, as the query of a request asks for it."""
+    if after := request.query.get("after"):
+        ids = [facts["id"] for facts in objects]
+        objects = objects[ids.index(after) + 1 :]
+    limit = int(request.query.get("limit", 20))
+    page = objects[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "has_more": len(objects) > limit,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
     }
 
 
@@ -155,6 +171,7 @@ class MockAPI:
             [
                 web.post("/v1/chat/completions", self.chat),
                 web.post("/v1/files", self.upload),
+                web.get("/v1/files", self.list_files),
                 web.get("/v1/files/{id}", self.file_facts),
                 web.delete("/v1/files/{id}", self.delete_file),
                 web.get("/v1/files/{id}/content", self.content),
@@ -205,6 +222,8 @@ class MockAPI:
             )
         if fault == "quota":
             return error_response(429, "You exceeded your current quota", "insufficient_quota")
+        if fault == "billing":
+            return error_response(429, "Billing hard limit", "billing_hard_limit_reached")
         if fault == "echo":
             return error_response(400, f"illegal header {request.headers['Authorization']}")
         if fault == "echo key in text":
@@ -284,22 +303,32 @@ class MockAPI:
     async def upload(self, request: web.Request) -> web.StreamResponse:
         form = await request.post()
         assert form["purpose"] == "batch"
-        content = form["file"].file.read()  # pyright: ignore[reportAttributeAccessIssue]
-        if (failure := await self.failure(self.next_fault("upload"), request)) is not None:
+        upload = form["file"]
+        assert isinstance(upload, web.FileField)
+        content, fault = upload.file.read(), self.next_fault("upload")
+        facts = None
+        if fault in ("", "reset"):  # `reset`: the file exists, but its sender is not told
+            facts = self.create_file(content, upload.filename)
+        if (failure := await self.failure(fault, request)) is not None:
             return failure
-        return web.json_response(self.create_file(content))
+        return web.json_response(facts)
 
-    def create_file(self, content: bytes) -> dict[str, Any]:
+    def create_file(self, content: bytes, name: str = "f") -> dict[str, Any]:
         unique = content + str(time.time_ns()).encode()
         file_id = f"file-{hashlib.sha256(unique).hexdigest()[:16]}"
-        self.db.execute("insert into files values (?, ?)", (file_id, content))
-        return file_object(file_id, content)
+        self.db.execute("insert into files values (?, ?, ?)", (file_id, content, name))
+        return file_object(file_id, content, name)
 
     def file_content(self, request: web.Request) -> bytes | None:
         row = self.db.execute(
             "select content from files where id = ?", (request.match_info["id"],)
         ).fetchone()
         return row[0] if row else None
+
+    async def list_files(self, request: web.Request) -> web.StreamResponse:
+        """A page of files, newest first."""
+        rows = self.db.execute("select id, content, name from files order by rowid desc")
+        return web.json_response(page_of([file_object(*row) for row in rows], request))
 
     async def file_facts(self, request: web.Request) -> web.StreamResponse:
         content = self.file_content(request)
@@ -360,21 +389,7 @@ class MockAPI:
             return failure
         rows = self.db.execute("select facts from batches order by rowid desc").fetchall()
         rows = rows[1:] if fault == "lag" else rows
-        batches = [json.loads(facts) for (facts,) in rows]
-        if after := request.query.get("after"):
-            ids = [batch["id"] for batch in batches]
-            batches = batches[ids.index(after) + 1 :]
-        limit = int(request.query.get("limit", 20))
-        page = batches[:limit]
-        return web.json_response(
-            {
-                "object": "list",
-                "data": page,
-                "has_more": len(batches) > limit,
-                "first_id": page[0]["id"] if page else None,
-                "last_id": page[-1]["id"] if page else None,
-            }
-        )
+        return web.json_response(page_of([json.loads(facts) for (facts,) in rows], request))
 
     async def retrieve(self, request: web.Request) -> web.StreamResponse:
         if (failure := await self.failure(self.next_fault("poll"), request)) is not None:
@@ -443,7 +458,7 @@ class MockAPI:
         elif fault == "nothing":
             done = []
         self.charge(request["body"] for request in done)
-        only_first = fault not in ("all refused", "all very long")
+        only_first = not fault.startswith("all ")
         output = [
             output_line(request, fault.removeprefix("all ") if i == 0 or not only_first else "")
             for i, request in enumerate(done)

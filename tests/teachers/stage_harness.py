@@ -38,7 +38,7 @@ COMMON_KEYS = {
     "max_output_tokens": 64,
     "max_attempts": 3,
     "max_failed_fraction": 0.0,
-    "checks": {"max_copied_fraction": None, "min_tokens": 0},
+    "checks": {"max_copied_fraction": None, "min_tokens": 0, "language": None},
 }
 API_KEYS = {
     "base_url": None,
@@ -148,6 +148,10 @@ class ServerProcess:
     def num_batches(self) -> int:
         with self._connect() as db:
             return db.execute("select count(*) from batches").fetchone()[0]
+
+    def batch_ids(self) -> list[str]:
+        with self._connect() as db:
+            return [batch_id for (batch_id,) in db.execute("select id from batches")]
 
     def batch_statuses(self) -> list[str]:
         """The statuses of all batches, in the order of their creation."""

@@ -137,6 +137,7 @@ def test_sigkill_at_any_moment(kind: str, make_stage: MakeStage, make_server: Ma
     exit_code, printed = stage.run()
     assert exit_code == 0, printed
     assert set(server.answered().values()) == {1}
+    assert server.num_files() == 0
     undisturbed = make_stage("undisturbed", documents=100)
     undisturbed.configure(kind, make_server("undisturbed")).run_in_process()
     assert stage.output() == undisturbed.output()
@@ -199,5 +200,5 @@ def test_a_batch_that_the_server_does_not_know_is_named(
     stage = make_stage().configure("openai_batch", server, poll_interval_seconds=60.0)
     stage.kill_with_pending_batch(server)
     server.forget_batches()
-    with pytest.raises(UserError, match=r"batch batch_\d+.*delete from asked"):
+    with pytest.raises(UserError, match=r"batch batch_\d+.*boltlm cache forget batch_\d+ --cache"):
         stage.run_in_process()

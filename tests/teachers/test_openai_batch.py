@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from boltlm.errors import UserError
+from boltlm.teachers.cache_transfer import forget_batch
 from boltlm.teachers.model_config import OpenAIBatchConfig
+from boltlm.teachers.openai_batch_files import BatchResults
 from boltlm.teachers.openai_batch_pilot import Pilot
 from boltlm.teachers.openai_batch_progress import BatchProgress, format_duration
 from boltlm.teachers.openai_batch_server import RemoteBatchState
@@ -159,18 +161,25 @@ def test_the_verdict_on_a_pilot(make_stage: MakeStage) -> None:
     """It comes with half of the responses, and a usable fraction at the limit passes."""
     config = make_stage().configure("openai_batch", None, pilot_requests=10).config
     assert isinstance(config, OpenAIBatchConfig)
-    usable = TeacherResponse("k", 0, "text", "stop", 1, 2, 1.4, "m")
-    unusable = TeacherResponse("k", 0, "", "length", 1, 2, 1.4, "m")
     checks = ResponseChecks(encoder=None, max_latent_tokens=None, config=config.checks)
+
+    def results(finishes: list[str], rejected: int = 0) -> BatchResults:
+        requests = {(str(i), 0): finish for i, finish in enumerate(finishes)}
+        responses = {
+            request: TeacherResponse(*request, "text", finish, 1, 2, 1.4, "m")
+            for request, finish in requests.items()
+        }
+        return BatchResults(responses, {(f"r{i}", 0): "no" for i in range(rejected)})
+
     pilot = Pilot(config)
-    pilot.add([usable] * 4, checks, 0, 1.0)
+    pilot.add(results(["stop"] * 4), {}, checks, 1.0)
     assert pilot.judge("t") is None
     assert not pilot.is_complete
-    pilot.add([unusable], checks, 0, 1.0)
+    pilot.add(results(["length"]), {}, checks, 1.0)
     assert pilot.judge("t") is None
     assert pilot.is_complete
     pilot = Pilot(config)
-    pilot.add([usable] * 4, checks, 2, 1.0)
+    pilot.add(results(["stop"] * 4, rejected=2), {}, checks, 1.0)
     assert "2 rejected" in str(pilot.judge("t"))
 
 
@@ -200,6 +209,78 @@ def test_files_at_the_server_are_deleted_when_responses_are_saved(
     stage = make_stage().configure("openai_batch", server, **QUICK, keep_files=keep_files)
     stage.run_in_process()
     assert server.num_files() == (2 * server.num_batches() + 1 if keep_files else 0)
+
+
+@pytest.mark.parametrize("fault", ["reset", "hold"])
+def test_an_upload_whose_id_was_lost_is_used(
+    fault: str, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """In the same run after a broken connection, in the next one when the process was killed: the
+    file is found by its name, and none stays at the server."""
+    stage = make_stage().configure("openai_batch", server, **QUICK, max_requests_per_batch=20)
+    if fault == "reset":
+        server.fail("upload", "", "reset")
+    else:
+        server.hold_responses_from(1)
+        assert stage.kill_when(lambda: server.num_files() == 1)
+        server.hold_responses_from(None)
+        assert stage.num_saved_batch_ids() == 0
+    stage.run_in_process()
+    assert server.num_batches() == 2
+    assert server.num_files() == 0
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_batch_that_the_server_lost_can_be_given_up(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Its requests are sent again."""
+    stage = make_stage().configure(
+        "openai_batch", server, max_requests_per_batch=1000, poll_interval_seconds=60.0
+    )
+    stage.kill_with_pending_batch(server)
+    (batch_id,) = server.batch_ids()
+    server.forget_batches()
+    cache = stage.paths["cache"]
+    with pytest.raises(UserError, match=f"boltlm cache forget {batch_id} --cache {cache}"):
+        stage.run_in_process()
+    with pytest.raises(UserError, match="no pending batch has the id batch_0"):
+        forget_batch(cache, "batch_0")
+    assert f"its {len(stage.digests())} requests will be sent" in forget_batch(cache, batch_id)
+    stage.configure("openai_batch", server, max_requests_per_batch=1000).run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+def test_copies_are_noticed_when_the_batch_ends(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Also in a batch of an earlier run, whose requests this run does not know by heart."""
+    checks = {"max_copied_fraction": 0.1, "min_tokens": 0, "language": None}
+    stage = make_stage(documents=60).configure(
+        "openai_batch", server, checks=checks, max_requests_per_batch=30, poll_interval_seconds=60.0
+    )
+    stage.params["max_latent_tokens"] = 10_000
+    server.fail("batch", *["all copy"] * 2)
+    stage.kill_with_pending_batch(server)
+    stage.configure("openai_batch", server, checks=checks, max_requests_per_batch=30)
+    with pytest.raises(UserError, match=r"\d\d copied\); raise checks\.max_copied_fraction"):
+        stage.run_in_process()
+    assert max(server.answered().values()) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["upload", "poll", "content"])
+@pytest.mark.parametrize("fault", ["quota", "billing"])
+def test_a_lack_of_credit_ends_a_run_with_batches_at_once(
+    endpoint: str, fault: str, make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """It is no outage that a day of patience would end."""
+    server.fail(endpoint, *[fault] * 100)
+    stage = make_stage(documents=4).configure("openai_batch", server, **QUICK)
+    with pytest.raises(UserError, match="the account's quota is exhausted; add credit"):
+        stage.run_in_process()
+    server.clear_faults()
+    stage.run_in_process()
+    assert set(server.answered().values()) == {1}
 
 
 def test_progress_shows_the_batch_and_the_remaining_time() -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from boltlm.teachers.rate_limiter import RateLimiter, SentRequest, parse_duration
+from boltlm.teachers.rate_limiter import Pace, RateLimiter, SentRequest, parse_duration
 
 PER_MINUTE = 500
 LATENCY_SECONDS = 2.5
 # The requests that a server accepts at once when it was idle, as seconds of its rate.
-BURST_SECONDS, SMALL_BURST_SECONDS = 6.0, 1.2
+BURST_SECONDS, SMALL_BURST_SECONDS, NO_BURST_SECONDS = 6.0, 1.2, 60 / PER_MINUTE
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Bucket:
         """Whether a request is accepted, the headers, and the pause that is asked for."""
         full = self.burst_seconds * self.rate
         self.level, self.at = min(full, self.level + self.rate * (now - self.at)), now
-        accepted = self.level >= 1
+        accepted = self.level >= 1 - 1e-9
         self.level -= accepted
         headers = {
             "x-ratelimit-limit-requests": f"{full:.0f}",
@@ -103,9 +103,21 @@ def simulate(
         lambda: Bucket(headers=True, retry_after=True, burst_seconds=SMALL_BURST_SECONDS),
         lambda: Bucket(headers=False, retry_after=True),
         lambda: Bucket(headers=False, retry_after=False),
+        lambda: Bucket(headers=True, retry_after=True, burst_seconds=NO_BURST_SECONDS),
+        lambda: Bucket(headers=False, retry_after=True, burst_seconds=NO_BURST_SECONDS),
+        lambda: Bucket(headers=False, retry_after=False, burst_seconds=NO_BURST_SECONDS),
         Window,
     ],
-    ids=["headers", "headers, small burst", "retry-after", "bare", "window"],
+    ids=[
+        "headers",
+        "headers, small burst",
+        "retry-after",
+        "bare",
+        "headers, no burst",
+        "retry-after, no burst",
+        "bare, no burst",
+        "window",
+    ],
 )
 def test_a_run_under_a_steady_limit_uses_nine_tenths_of_it(
     make_server: Callable[[], Bucket | Window], latency: float
@@ -153,16 +165,48 @@ def test_headers_that_make_no_sense_do_not_stop_a_run() -> None:
 
 
 def test_concurrency_falls_once_for_each_round_and_grows_again() -> None:
-    """Eight requests of one round are refused together: one decrease. Then each round of responses
-    adds one."""
+    """Eight requests of one round fail together: one decrease. Then each round of responses adds
+    one."""
     limiter = RateLimiter(8)
     for sent in [limiter.send(1, 0.0) for _ in range(8)]:
-        limiter.limit(sent, {}, 1.0, 0.5)
+        limiter.fail(sent, 0.5, overloaded=True)
     assert limiter.concurrency == pytest.approx(7.2)
-    assert limiter.wait_seconds(1, 0.5) == pytest.approx(1.0)
     for sent in [limiter.send(1, 2.0) for _ in range(7)]:
         limiter.succeed(sent, {}, 1, 3.0)
     assert limiter.concurrency == pytest.approx(8, abs=0.2)
+
+
+def test_the_pace_is_close_to_the_rate_that_was_refused() -> None:
+    """It starts at what was accepted, doubles until a request is refused, falls by a twentieth, is
+    back at the limit after ten seconds, and far above it when nothing is refused for a minute."""
+    pace = Pace()
+    assert pace.rate(0.0) == math.inf
+    pace.start(10, 2.0, 0.0)
+    assert [pace.rate(t) for t in (0.0, 2.0, 4.0)] == [5.0, 10.0, 20.0]
+    pace.slow_down(4.0)
+    assert [pace.rate(4.0 + t) for t in (0.0, 10.0, 20.0)] == pytest.approx([19.0, 20.0, 21.0])
+    assert pace.rate(64.0) > 100
+    pace.slow_down(14.0)
+    pace.slow_down(15.0)  # so soon: the rate is far too high
+    assert pace.rate(15.0) == pytest.approx(0.7 * 20, rel=0.05)
+
+
+def test_a_closed_server_is_asked_rarely_and_the_pace_is_kept() -> None:
+    """While nothing is accepted, the pause doubles up to half a minute. When the server is open
+    again, requests are sent as fast as before."""
+    limiter, now = RateLimiter(1), 0.0
+    for _ in range(100):
+        limiter.succeed(limiter.send(1, now), {}, 1, now)
+        now += 0.1
+    waits: list[float] = []
+    for _ in range(9):
+        limiter.limit(limiter.send(1, now), {}, None, now)
+        waits.append(limiter.wait_seconds(1, now))
+        now += waits[-1]
+    assert waits[0] == pytest.approx(0.1)
+    assert waits[1:] == pytest.approx([0.5, 1, 2, 4, 8, 16, 30, 30], rel=0.1)
+    limiter.succeed(limiter.send(1, now), {}, 1, now)
+    assert limiter.wait_seconds(1, now) <= 0.11
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,11 @@ def make_checks(
     max_latent_tokens: int | None = None,
     max_copied_fraction: float | None = None,
     min_tokens: int = 0,
+    language: str | None = None,
 ) -> ResponseChecks:
-    config = ResponseChecksConfig(max_copied_fraction=max_copied_fraction, min_tokens=min_tokens)
+    config = ResponseChecksConfig(
+        max_copied_fraction=max_copied_fraction, min_tokens=min_tokens, language=language
+    )
     return ResponseChecks(encoder=Characters(), max_latent_tokens=max_latent_tokens, config=config)
 
 
@@ -229,16 +232,67 @@ def test_a_copy_of_the_source_is_unusable_where_the_check_is_on() -> None:
 def test_a_fraction_that_would_check_nothing_is_refused(fraction: float) -> None:
     """Nothing is copied by more than all of it."""
     with pytest.raises(UserError, match=r"max_copied_fraction must be null or .*found"):
-        ResponseChecksConfig(max_copied_fraction=fraction, min_tokens=0)
+        ResponseChecksConfig(max_copied_fraction=fraction, min_tokens=0, language=None)
+
+
+ENGLISH = "The author wants to show that the energy of a closed system is conserved."
+OTHER_LANGUAGES = """\
+Das folgt aus dem Satz des Pythagoras, weil das Dreieck rechtwinklig ist.
+On multiplie 12 par 5, ce qui donne 60, puis on soustrait 8.
+Se multiplica 12 por 5 y se obtiene 60; luego se resta 8.
+O autor quer mostrar que a energia é conservada no sistema isolado.
+Автор хочет показать, что энергия сохраняется в замкнутой системе.
+由题意可知,该三角形是直角三角形,所以可以使用勾股定理。
+We know 12 * 5 = 60. 让我们想想: 先乘再减,所以答案是 52。
+""".splitlines()
+ANY_LANGUAGE = """\
+8 * 9 = 72; 72 / 3 = 24
+\\frac{a}{b} + \\sqrt{2} = x^2
+Turns: first 3 from 8 to 1, second 0 from 1 makes 1
+Euler, Lagrange, Bernoulli; Königsberg 1736.
+The French word "pomme de terre" means potato, from "pomme" and "terre".
+""".splitlines()
+
+
+@pytest.mark.parametrize("text", OTHER_LANGUAGES)
+def test_a_text_in_another_language_is_unusable_where_the_check_is_on(text: str) -> None:
+    """Another one than the source's, or than the one in the settings."""
+    assert make_checks().unusable_reason(response(text), ENGLISH) is None
+    source, english = make_checks(language="source"), make_checks(language="en")
+    assert source.unusable_reason(response(text), ENGLISH) == "other_language"
+    assert source.unusable_reason(response(ENGLISH), text) == "other_language"
+    assert source.unusable_reason(response(text), text) is None
+    assert source.unusable_reason(response(text), None) is None
+    assert english.unusable_reason(response(text), None) == "other_language"
+
+
+@pytest.mark.parametrize("text", [ENGLISH, *ANY_LANGUAGE])
+def test_a_text_without_a_certain_language_is_used(text: str) -> None:
+    """Formulas, names, quotations."""
+    for language in ("source", "en"):
+        assert make_checks(language=language).unusable_reason(response(text), ENGLISH) is None
+    for other in OTHER_LANGUAGES if text == ANY_LANGUAGE[0] else ():
+        assert make_checks(language="source").unusable_reason(response(other), text) is None
+
+
+def test_an_unknown_language_is_refused() -> None:
+    """With all that are known."""
+    with pytest.raises(
+        UserError, match=r"language must be null, source, or one of .*\bde\b.*en-GB"
+    ):
+        make_checks(language="en-GB")
 
 
 def test_remedies_name_the_parameter_and_its_value() -> None:
     """So that a run that was stopped can be changed."""
-    checks = make_checks(max_latent_tokens=7, max_copied_fraction=0.3, min_tokens=2)
+    checks = make_checks(
+        max_latent_tokens=7, max_copied_fraction=0.3, min_tokens=2, language="source"
+    )
     remedies = {
         "too_long": "max_latent_tokens (now 7)",
         "too_short": "checks.min_tokens (now 2)",
         "copied": "checks.max_copied_fraction (now 0.3)",
+        "other_language": "checks.language (now source)",
         "truncated": "max_output_tokens",
         "refused": "the model and the prompt",
     }

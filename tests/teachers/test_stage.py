@@ -152,7 +152,7 @@ def test_copies_stop_the_run_where_params_ask_for_the_check(
     """The model sends the prompt back, with the document in it. Without the check it is used."""
     server.fail("chat", *["copy"] * 200)
     stage = make_stage(documents=100).configure("openai", server, task="wrap_cot", paraphrases=1)
-    checks = {"max_copied_fraction": 0.1, "min_tokens": 0}
+    checks = {"max_copied_fraction": 0.1, "min_tokens": 0, "language": None}
     stage.params["teachers"]["t"]["checks"] = checks
     with pytest.raises(UserError, match=r"2\d copied\); raise checks\.max_copied_fraction"):
         stage.run_in_process()

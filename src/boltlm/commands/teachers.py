@@ -20,7 +20,8 @@ CACHE_EXAMPLE = """\
 examples:
   boltlm cache check                     # read all responses; damage is an error
   boltlm cache export responses.jsonl    # write what can be read, also of a damaged cache
-  boltlm cache import responses.jsonl    # add an export, or a copy of another cache"""
+  boltlm cache import responses.jsonl    # add an export, or a copy of another cache
+  boltlm cache forget batch_123          # give up a batch that the server does not know"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,10 +73,11 @@ def _preview_teacher(args: argparse.Namespace) -> None:
 
 
 def _add_cache(commands: Commands) -> None:
-    summary = "check, export or import the responses of teachers that were paid for"
+    summary = "check, export or import responses that were paid for; give up a batch"
     parser = add_command(commands, "cache", summary, CACHE_EXAMPLE, _cache)
-    parser.add_argument("action", choices=("check", "export", "import"))
-    parser.add_argument("file", type=Path, nargs="?", help="the file to export to or import from")
+    parser.add_argument("action", choices=("check", "export", "import", "forget"))
+    what = "the file to export to or import from, or the id of the batch to forget"
+    parser.add_argument("name", nargs="?", help=what)
     parser.add_argument("--cache", type=Path, default=Path("response_cache/responses.sqlite"))
 
 
@@ -84,9 +86,12 @@ def _cache(args: argparse.Namespace) -> None:
 
     if args.action == "check":
         print(cache_transfer.check_cache(args.cache))
-    elif args.file is None:
-        raise UserError(f"boltlm cache {args.action}: give the file")
+    elif args.name is None:
+        name = "id of the batch" if args.action == "forget" else "file"
+        raise UserError(f"boltlm cache {args.action}: give the {name}")
     elif args.action == "export":
-        print(cache_transfer.export_cache(args.cache, args.file))
+        print(cache_transfer.export_cache(args.cache, Path(args.name)))
+    elif args.action == "import":
+        print(cache_transfer.import_cache(args.cache, Path(args.name)))
     else:
-        print(cache_transfer.import_cache(args.cache, args.file))
+        print(cache_transfer.forget_batch(args.cache, args.name))

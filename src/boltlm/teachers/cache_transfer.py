@@ -1,5 +1,5 @@
-"""The commands `boltlm cache check`, `export` and `import`: find damage to a response cache, save
-what can be read of it, and add saved responses to a cache.
+"""The commands `boltlm cache check`, `export`, `import` and `forget`: find damage to a response
+cache, save what can be read of it, add saved responses to a cache, and give up a batch.
 
 An export is a file of JSON Lines: one line for each response, with its checksum, for each pending
 batch, and for each charge without a response. What cannot be read by SQLite is read page by page.
@@ -118,6 +118,18 @@ def import_cache(path: Path, source: Path) -> str:
     if before is not None and total < before.responses:
         text += f"; {before.responses - total:,} responses that were saved are still missing"
     return text
+
+
+def forget_batch(path: Path, batch_id: str) -> str:
+    """Give up a pending batch, so that its requests are sent again."""
+    _require_file(path)
+    with closing(ResponseCache(path)) as cache:
+        batch = cache.find_batch(batch_id)
+        if batch is None:
+            raise UserError(f"{path}: no pending batch has the id {batch_id}")
+        count = len(cache.batch_requests(batch.token))
+        cache.complete_batch(batch, [])
+    return f"{path}: {batch_id} is given up; its {count:,} requests will be sent and paid for again"
 
 
 def _require_file(path: Path) -> None:

@@ -205,7 +205,7 @@ class ChatSession:
         self.health.succeed()
         tokens = response.input_tokens + response.output_tokens
         self.limiter.succeed(sent, raw.headers, tokens, self.clock())
-        self.ledger.record(response, request)
+        self.ledger.record(response, request.source)
         return response.cost_usd, reported_tokens(body) is None
 
     async def _handle_malformed(

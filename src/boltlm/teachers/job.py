@@ -109,6 +109,7 @@ class TeacherJob:
         with Progress(what=self.teacher, total=None, unit="responses") as progress:
             ledger = RequestLedger(
                 self.teacher,
+                self._all_requests if sample is None else lambda: sample,
                 cache,
                 self.config.max_attempts,
                 self.checks,
@@ -123,8 +124,7 @@ class TeacherJob:
             # Repeated, because a request with an unusable response is open again.
             num_sent = 1
             while num_sent and ledger.stop_error is None:
-                requests = self._all_requests() if sample is None else sample
-                num_sent = client.run(ledger.pending(requests), ledger)
+                num_sent = client.run(ledger.pending(), ledger)
         if ledger.stop_error is not None:
             cache.log(str(ledger.stop_error) or f"{self.teacher}: interrupted")
             raise ledger.stop_error
@@ -237,6 +237,7 @@ class TeacherJob:
         with Progress(what=f"{self.teacher} tables", total=None, unit="requests") as progress:
             ledger = RequestLedger(
                 self.teacher,
+                self._all_requests,
                 cache,
                 self.config.max_attempts,
                 self.checks,

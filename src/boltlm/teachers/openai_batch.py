@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO, Literal, cast
@@ -178,32 +178,37 @@ class OpenAIBatchClient:
         self, batch: PendingBatch, file: BinaryIO, ledger: RequestLedger
     ) -> PendingBatch:
         """Upload the input file and create the batch; each id is saved as soon as it is known."""
-        batch = replace(batch, file=self.server.upload(batch.token, file))
-        ledger.cache.update_batch(batch.token, file=batch.file, id="")
-        return self._save_id(batch, self.server.create(batch.token, batch.file), ledger)
+        file_id = self.server.upload(batch.token, file)
+        batch = self._save_ids(replace(batch, file=file_id), ledger)
+        batch_id = self.server.create(batch.token, batch.file)
+        return self._save_ids(replace(batch, id=batch_id), ledger)
 
     def _resume(self, batch: PendingBatch, ledger: RequestLedger) -> PendingBatch:
         """Bring a batch of a killed run to the point where it exists at the server.
 
         If its file was not uploaded completely or is gone, the batch is given up and its requests
-        are sent again. If its id was not saved, it is searched for, and created where it does not
-        exist.
+        are sent again. If the id of the file or of the batch was not saved, it is searched for, and
+        a batch that does not exist is created.
         """
         if batch.id:
             return batch
-        batch_id = self.server.find(batch.token) if batch.file else None
+        batch_id = None
+        if batch.file:
+            batch_id = self.server.find(batch.token)
+        elif (file := self.server.find_upload(batch.token)) is not None:
+            batch = self._save_ids(replace(batch, file=file), ledger)
         if batch.file and batch_id is None:
             # Refused only where the file has expired or was deleted.
             with suppress(openai.BadRequestError, openai.NotFoundError):
                 batch_id = self.server.create(batch.token, batch.file)
         if batch_id is not None:
-            return self._save_id(batch, batch_id, ledger)
+            return self._save_ids(replace(batch, id=batch_id), ledger)
         ledger.cache.complete_batch(batch, [])
         return replace(batch, max_usd=0.0)
 
-    def _save_id(self, batch: PendingBatch, batch_id: str, ledger: RequestLedger) -> PendingBatch:
-        ledger.cache.update_batch(batch.token, file=batch.file, id=batch_id)
-        return replace(batch, id=batch_id)
+    def _save_ids(self, batch: PendingBatch, ledger: RequestLedger) -> PendingBatch:
+        ledger.cache.update_batch(batch.token, file=batch.file, id=batch.id)
+        return batch
 
     def _poll(self, batch: PendingBatch, ledger: RequestLedger) -> _Outcome:
         """Look up a batch. If it has ended, save its responses; its other requests may then be sent
@@ -224,9 +229,9 @@ class OpenAIBatchClient:
             self.downloads.setdefault(batch.token, Outage(self.config)).failed(message)
             return "in_progress"
         expected_usd = self.expected_usd.pop(batch.token, max_usd)
-        responses = list(results.responses.values())
-        self.pilot.add(responses, ledger.checks, len(results.rejected), expected_usd)
-        self._save_results(batch, remote, results, ledger)
+        sources = ledger.sources({key for key, _ in results.responses})
+        self.pilot.add(results, sources, ledger.checks, expected_usd)
+        self._save_results(batch, remote, results, sources, ledger)
         if any(code == TOO_MANY_TOKENS for code, _ in remote.errors):
             return "too_many_tokens"
         self._check_batch(remote, results, ledger)
@@ -237,16 +242,16 @@ class OpenAIBatchClient:
         batch: PendingBatch,
         remote: RemoteBatchState,
         results: BatchResults,
+        sources: Mapping[str, str],
         ledger: RequestLedger,
     ) -> None:
-        responses = list(results.responses.values())
-        files = (
-            [] if self.config.keep_files else [batch.file, remote.output_file, remote.error_file]
-        )
-        ledger.cache.complete_batch(batch, responses, remote_files=filter(None, files))
+        responses = results.responses.values()
+        files = filter(None, (batch.file, remote.output_file, remote.error_file))
+        unneeded = () if self.config.keep_files else files
+        ledger.cache.complete_batch(batch, responses, remote_files=unneeded)
         ledger.budget.settle(batch.max_usd, sum(response.cost_usd for response in responses))
         for response in responses:
-            ledger.record(response)
+            ledger.record(response, sources.get(response.key))
         for (key, _), message in results.rejected.items():
             ledger.reject(key, message)
         for (key, _), message in results.failed.items():
@@ -279,12 +284,11 @@ class OpenAIBatchClient:
         try:
             return self.server.retrieve(batch.id)
         except openai.NotFoundError as error:
-            condition = f"where token = '{batch.token}'"
             raise UserError(
                 f"{ledger.teacher}: the server does not know the batch {batch.id} for this API key;"
-                " use the server and the key with which it was created. To give the batch up and"
-                f" pay for its requests again: sqlite3 {ledger.cache.path}"
-                f' "delete from asked {condition}; delete from batches {condition}"'
+                " use the server and the key with which it was created. To give it up, and send and"
+                f" pay for its requests again: boltlm cache forget {batch.id} --cache"
+                f" {ledger.cache.path}"
             ) from error
 
     def _delete_files(self, ledger: RequestLedger) -> None:

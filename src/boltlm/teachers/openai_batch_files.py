@@ -10,7 +10,7 @@ import openai
 
 from boltlm.teachers.completions import MalformedResponseError, parse_completion
 from boltlm.teachers.model_config import OpenAIBatchConfig
-from boltlm.teachers.openai_batch_server import BatchServer, RemoteBatchState
+from boltlm.teachers.openai_batch_server import BatchServer, RemoteBatchState, is_temporary
 from boltlm.teachers.response_cache import TeacherResponse
 
 _MALFORMED = "malformed"  # the `finish` of a response that is not a chat completion
@@ -133,10 +133,10 @@ class _RemoteLines:
             raise IncompleteResultsError(f"the download of {self.id} broke off") from error
         except openai.NotFoundError as error:
             raise IncompleteResultsError(f"the server has no file {self.id}") from error
-        except (openai.APIConnectionError, openai.InternalServerError) as error:
+        except openai.APIError as error:
+            if not is_temporary(error):
+                raise
             raise IncompleteResultsError(f"the file {self.id} cannot be downloaded") from error
-        except openai.RateLimitError as error:
-            raise IncompleteResultsError(f"the file {self.id} cannot be downloaded yet") from error
 
     def _count(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         for block in blocks:

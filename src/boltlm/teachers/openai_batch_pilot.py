@@ -2,12 +2,12 @@
 judged before the rest of the corpus is sent and paid for."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from boltlm.errors import UserError
 from boltlm.teachers.model_config import OpenAIBatchConfig
-from boltlm.teachers.response_cache import TeacherResponse
+from boltlm.teachers.openai_batch_files import BatchResults
 from boltlm.teachers.response_checks import REJECTED, ResponseChecks
 
 
@@ -29,22 +29,23 @@ class Pilot:
 
     def add(
         self,
-        responses: Sequence[TeacherResponse],
+        results: BatchResults,
+        sources: Mapping[str, str],
         checks: ResponseChecks,
-        num_rejected: int,
         expected_usd: float,
     ) -> None:
-        """Count the results of a batch. `expected_usd`: the expected cost of one response."""
-        for response in responses:
-            reason = checks.unusable_reason(response, None)
+        """Count the results of a batch. `sources`: the texts that were asked about, by the keys of
+        the requests. `expected_usd`: the expected cost of one response."""
+        for response in results.responses.values():
+            reason = checks.unusable_reason(response, sources.get(response.key))
             self.usable += reason is None
             if reason is not None:
                 self.unusable[reason] += 1
             self.cost_usd += response.cost_usd
             self.expected_usd += expected_usd
             self.output_tokens += response.output_tokens
-        if num_rejected:
-            self.unusable[REJECTED] += num_rejected
+        if results.rejected:
+            self.unusable[REJECTED] += len(results.rejected)
 
     def judge(self, teacher: str) -> UserError | None:
         """Once at least half of the pilot has returned: complete it, or return why no more requests

@@ -7,7 +7,7 @@ never succeed, such as a wrong API key, are raised at once.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import openai
 
 from boltlm.errors import UserError
-from boltlm.teachers.api_errors import to_user_error
+from boltlm.teachers.api_errors import ErrorKind, error_kind, to_user_error
 from boltlm.teachers.completions import MalformedResponseError
 from boltlm.teachers.model_config import OpenAIBatchConfig
 from boltlm.teachers.server_address import IDEMPOTENCY_HEADER
@@ -81,14 +81,31 @@ class BatchServer:
         self.is_known = False  # whether the server has responded in this run
 
     def upload(self, token: str, file: BinaryIO) -> str:
-        """Upload the input file of a batch and return its id."""
+        """Upload the input file of a batch and return its id. After an error it may be there all
+        the same, so it is searched for before it is uploaded again."""
+        failures: list[str] = []
 
         def call() -> str:
+            if failures and (found := self._find_upload(token)) is not None:
+                return found
+            failures.append("until it returns")
             file.seek(0)
-            name = f"boltlm-{token}.jsonl"
+            name = _file_name(token)
             return _text(_facts(self.client.files.create(file=(name, file), purpose="batch")), "id")
 
         return self._patiently(call)
+
+    def find_upload(self, token: str) -> str | None:
+        """The id of the input file of a batch, or None where the server has none."""
+        with suppress(openai.NotFoundError):  # a server that cannot list files
+            return self._patiently(lambda: self._find_upload(token))
+        return None
+
+    def _find_upload(self, token: str) -> str | None:
+        for facts in self._list(self.client.files.with_raw_response.list, purpose="batch"):
+            if facts.get("filename") == _file_name(token):
+                return _text(facts, "id")
+        return None
 
     def create(self, token: str, input_file: str) -> str:
         """Create a batch exactly once and return its id. After an error it may exist all the same,
@@ -123,20 +140,26 @@ class BatchServer:
         return None
 
     def _find_in_list(self, token: str) -> str | None:
+        for facts in self._list(self.client.batches.with_raw_response.list):
+            state = _batch_state(facts)
+            if state.token == token:
+                return state.id
+        return None
+
+    def _list(self, list_page: Callable[..., Any], **options: str) -> Iterator[dict[str, Any]]:
+        """The objects that the server lists, page by page."""
         after: str | openai.Omit = openai.omit
         while True:
             # The client itself fails where a page is not one of the API's.
-            response = self.client.batches.with_raw_response.list(limit=100, after=after)
+            response = list_page(limit=100, after=after, **options)
             page = _mapping(response.http_response.json())
             if not isinstance(page.get("data"), list):
                 raise MalformedResponseError
-            states = [_batch_state(_mapping(batch)) for batch in page["data"]]
-            for state in states:
-                if state.token == token:
-                    return state.id
-            if not states or not page.get("has_more"):
-                return None
-            after = states[-1].id
+            objects = [_mapping(facts) for facts in page["data"]]
+            yield from objects
+            if not objects or not page.get("has_more"):
+                return
+            after = _text(objects[-1], "id")
 
     def retrieve(self, batch_id: str) -> RemoteBatchState:
         """The state of a batch. Raises openai.NotFoundError where the server does not know it."""
@@ -184,21 +207,22 @@ class BatchServer:
 
     def _failed(self, error: Exception, outage: Outage) -> None:
         """Returns where the call is to be repeated; raises the error where that is hopeless."""
-        if isinstance(error, openai.APIConnectionError):
-            if not self.is_known:  # rather a wrong base_url than an outage
-                raise error
-        elif isinstance(error, openai.APIStatusError):
-            # Errors of the API are JSON objects; those of a proxy before it may be anything.
-            is_temporary = error.status_code in (408, 409, 429) or error.status_code >= 500
-            if error.code == "insufficient_quota" or (
-                not is_temporary and isinstance(error.body, dict)
-            ):
-                raise error
-        elif isinstance(error, openai.OpenAIError) and not isinstance(error, openai.APIError):
+        if isinstance(error, openai.APIConnectionError) and not self.is_known:
+            raise error  # rather a wrong base_url than an outage
+        if isinstance(error, openai.OpenAIError) and not is_temporary(error):
             raise error
         message = describe_failure(error, self.config)
         self.on_failure(message)
         outage.failed(message)
+
+
+def is_temporary(error: openai.OpenAIError) -> bool:
+    """Whether the same call may succeed later."""
+    if isinstance(error, openai.APIStatusError):
+        # Errors of the API are JSON objects; those of a proxy before it may be anything.
+        is_final = error_kind(error) in (ErrorKind.FATAL, ErrorKind.REJECTED)
+        return not (is_final and isinstance(error.body, dict))
+    return isinstance(error, openai.APIError)
 
 
 def describe_failure(error: Exception, config: OpenAIBatchConfig) -> str:
@@ -208,6 +232,11 @@ def describe_failure(error: Exception, config: OpenAIBatchConfig) -> str:
     if isinstance(error, openai.APIConnectionError):
         return str(to_user_error(error, config)).split(";")[0]
     return f"{config.server} sends responses that are not those of the Batches API"
+
+
+def _file_name(token: str) -> str:
+    """The name of the input file of a batch at the server."""
+    return f"boltlm-{token}.jsonl"
 
 
 def _facts(response: Any) -> dict[str, Any]:

@@ -6,9 +6,10 @@ server says (`x-ratelimit-*`, `Retry-After`) or, where it says nothing, what it 
 and one request's 429 slows down all others. Time is an argument, so tests simulate servers.
 
 Shared by all requests of a run: the server's limits on requests and tokens, each followed as a
-token bucket; a pause after a 429; and the concurrency by additive increase and multiplicative
-decrease, as TCP has it: one more for each round of responses, a factor less for each round with a
-429 of a server that does not report its limits, or with another error.
+token bucket; the pace, a rate that falls with each 429 and grows again (`Pace`), because headers
+may be missing and a server may accept no two requests at once; a pause after a 429; and the
+concurrency by additive increase and multiplicative decrease, as TCP has it: one more for each round
+of responses, a factor less for each round with an error that is no 429.
 """
 
 import math
@@ -21,11 +22,16 @@ DECREASE_FACTOR = 0.9
 MIN_INCREASE_PER_ROUND = (
     0.05  # a fraction; so that hundreds of requests at a time are reached again
 )
-# The pause after a 429 that names none, and after each further one: doubled up to the maximum.
+# The pause after a 429 that names none is that between two requests; after each further one while
+# nothing is accepted it is doubled, from the minimum up to the maximum.
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
 # The longest wait for a limit without a 429: a header that is wrong must not stop the run.
 MAX_WAIT_SECONDS = 15.0
 MIN_WAIT_SECONDS = 1e-3  # less is none
+# See `Pace`. A refusal soon after the last one says that the rate is far too high.
+START_DOUBLING_SECONDS, MAX_DOUBLINGS = 2.0, 30.0
+PACE_DECREASE, QUICK_PACE_DECREASE, QUICK_REFUSAL_SECONDS = 0.05, 0.3, 2.0
+CUBIC = 5e-5
 RATE_WINDOW_SECONDS = 60.0  # over which requests and tokens per minute are counted
 _SECONDS_BY_UNIT = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)")
@@ -87,6 +93,46 @@ class Allowance:
         return self.rate * 60
 
 
+@dataclass(slots=True)
+class Pace:
+    """The rate at which requests are sent to a server that refuses some of them and does not say
+    how many it accepts, in requests a second; infinite until it refuses the first one.
+
+    It begins at `start_rate`, what was accepted so far, and doubles every START_DOUBLING_SECONDS
+    until a request is refused. From then on it is the function of TCP CUBIC (RFC 9438, eq. 1) of
+    the time t since the last refusal: rate = limit (1 + CUBIC (t - K)^3), where `limit` is the rate
+    that was refused and K = (decrease / CUBIC)^(1/3) the time after which it is reached again. So
+    it is close to the limit most of the time, and soon far above where nothing is refused.
+    """
+
+    limit: float = math.inf
+    start_rate: float = math.inf
+    since: float = -math.inf
+    decrease: float = PACE_DECREASE
+
+    def rate(self, now: float) -> float:
+        """The rate at the time `now`."""
+        seconds = now - self.since
+        if math.isinf(self.start_rate):
+            return math.inf
+        if math.isinf(self.limit):
+            doublings = min(seconds / START_DOUBLING_SECONDS, MAX_DOUBLINGS)
+            return self.start_rate * 2**doublings
+        recovery_seconds = (self.decrease / CUBIC) ** (1 / 3)
+        return self.limit * (1 + CUBIC * (seconds - recovery_seconds) ** 3)
+
+    def start(self, num_accepted: int, seconds: float, now: float) -> None:
+        """The first requests are refused; `num_accepted` others in so many seconds were not."""
+        self.start_rate, self.since = max(1, num_accepted) / max(1.0, seconds), now
+
+    def slow_down(self, now: float) -> None:
+        """A request was refused at the current rate."""
+        self.limit = self.rate(now)
+        soon = now - self.since < QUICK_REFUSAL_SECONDS
+        self.decrease = QUICK_PACE_DECREASE if soon else PACE_DECREASE
+        self.since = now
+
+
 @dataclass(frozen=True, slots=True)
 class SentRequest:
     """A request in flight: when it was sent, the tokens that it may use, and how many requests and
@@ -110,10 +156,14 @@ class RateLimiter:
     num_limited: int = 0  # 429s of this run
     _requests_sent: int = 0
     _tokens_sent: float = 0.0
+    _pace: Pace = field(default_factory=Pace)
+    _first_sent: float = math.inf
     _last_sent: float = -math.inf
+    _last_success: float = -math.inf
     _paused_until: float = -math.inf
     _decreased_at: float = -math.inf
-    _pause: float = MIN_PAUSE_SECONDS
+    _paused_at: float = -math.inf
+    _pause: float = 0.0
     _recent: deque[tuple[float, float]] = field(default_factory=deque[tuple[float, float]])
 
     def __post_init__(self) -> None:
@@ -125,6 +175,7 @@ class RateLimiter:
         if self.in_flight >= int(self.concurrency):
             return math.inf
         wait = max(self.requests.wait_seconds(1, now), self.tokens.wait_seconds(tokens, now))
+        wait = max(wait, self._last_sent + 1 / self._pace.rate(now) - now)
         wait = min(wait, self._last_sent + MAX_WAIT_SECONDS - now)
         wait = max(wait, self._paused_until - now)
         return wait if wait > MIN_WAIT_SECONDS else 0.0
@@ -132,7 +183,7 @@ class RateLimiter:
     def send(self, tokens: float, now: float) -> SentRequest:
         """Enter a request that is sent now and may use `tokens`."""
         self.in_flight += 1
-        self._last_sent = now
+        self._last_sent, self._first_sent = now, min(now, self._first_sent)
         self._requests_sent += 1
         self._tokens_sent += tokens
         self.requests.use(1, now)
@@ -146,7 +197,7 @@ class RateLimiter:
         self.in_flight -= 1
         increase = max(1 / self.concurrency, MIN_INCREASE_PER_ROUND)
         self.concurrency = min(self.max_concurrency, self.concurrency + increase)
-        self._pause = MIN_PAUSE_SECONDS
+        self._pause, self._last_success = 0.0, now
         self._observe(sent, headers)
         self._recent.append((now, tokens))
         self._forget(now)
@@ -158,21 +209,27 @@ class RateLimiter:
         retry_after: float | None,
         now: float,
     ) -> None:
-        """The server answered 429. Send nothing for as long as it says, and fewer at a time unless
-        its limits are known."""
+        """The server answered 429. Send nothing for as long as it says, and then more slowly."""
         self.in_flight -= 1
         self.num_limited += 1
         self._observe(sent, headers)
-        is_first = sent.at >= self._decreased_at
-        # Where the limits are known and so is the pause, too many at a time are not the cause.
-        known = math.isfinite(min(self.requests.limit, self.tokens.limit))
-        if not known or retry_after is None:
-            self._decrease(sent, now)
+        self._slow_down(sent, now)
         if retry_after is not None:
             self._paused_until = max(self._paused_until, now + retry_after)
-        elif is_first:
-            self._paused_until = max(self._paused_until, now + self._pause)
-            self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
+        elif sent.at >= self._paused_at:  # else it was sent before the others had returned
+            pause = max(self._pause, 1 / self._pace.rate(now))
+            self._paused_at, self._paused_until = now, max(self._paused_until, now + pause)
+            self._pause = min(max(2 * self._pause, MIN_PAUSE_SECONDS), MAX_PAUSE_SECONDS)
+
+    def _slow_down(self, sent: SentRequest, now: float) -> None:
+        """A request was refused: lower the pace, once for all requests on their way together."""
+        pace = self._pace
+        has_begun = math.isfinite(pace.limit) or now - pace.since >= QUICK_REFUSAL_SECONDS
+        if math.isinf(pace.start_rate) or not has_begun:
+            pace.start(self._requests_sent - self.num_limited, now - self._first_sent, now)
+        elif sent.at >= pace.since and self._last_success >= pace.since:
+            # Where nothing has been accepted since then the server is closed, whatever the pace.
+            pace.slow_down(now)
 
     def fail(self, sent: SentRequest, now: float, *, overloaded: bool) -> None:
         """There was no response. `overloaded`: because the server or the network is in trouble."""

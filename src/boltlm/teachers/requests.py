@@ -2,7 +2,7 @@
 when the run must stop."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,7 +50,8 @@ class RequestStatus:
 class RequestLedger:
     """The state of one teacher's requests: the response cache, and what happened in this run.
 
-    `teacher`: the teacher's key in params, for messages. `checks`: which responses are usable.
+    `teacher`: the teacher's key in params, for messages. `requests`: begins anew with the first
+    of all its requests. `checks`: which responses are usable.
     `failed`: the requests that will have no response, by key. `in_flight`: keys of the requests
     that were handed out and have not returned. `usable`, `unusable`: the numbers of responses so
     far, the latter by reason and with requests that failed in this run. `stop_error`: why no
@@ -59,6 +60,7 @@ class RequestLedger:
     """
 
     teacher: str
+    requests: Callable[[], Iterable[TeacherRequest]]
     cache: ResponseCache
     max_attempts: int
     checks: ResponseChecks
@@ -75,7 +77,7 @@ class RequestLedger:
         """The status of a request."""
         responses, reason = self.cache.responses(request.key), None
         for response in responses:
-            reason = self.checks.unusable_reason(response, request.source)
+            reason = self._unusable_reason(response, request.source)
             if reason is None:
                 return RequestStatus(response, None, None, responses)
         if (failure := self.failed.get(request.key)) is not None:
@@ -84,11 +86,11 @@ class RequestLedger:
             return RequestStatus(None, reason, None, responses)
         return RequestStatus(None, None, len(responses), responses)
 
-    def pending(self, requests: Iterable[TeacherRequest]) -> Iterator[PendingRequest]:
-        """Those of `requests` that are to be sent now. A request is skipped where its status is
-        final, or where the same request is in flight or part of a pending batch."""
+    def pending(self) -> Iterator[PendingRequest]:
+        """The requests that are to be sent now. A request is skipped where its status is final, or
+        where the same request is in flight or part of a pending batch."""
         self.in_flight.clear()
-        for request in requests:
+        for request in self.requests():
             attempt = self.status(request).next_attempt
             if attempt is None or request.key in self.in_flight:
                 continue
@@ -96,17 +98,32 @@ class RequestLedger:
                 self.in_flight.add(request.key)
                 yield PendingRequest(request, attempt)
 
-    def record(self, response: TeacherResponse, request: TeacherRequest | None = None) -> None:
-        """Count a response of this run. Stops the run where most responses are unusable. Without
-        its request, a copy counts as usable here; `status` knows better."""
+    def sources(self, keys: set[str]) -> dict[str, str]:
+        """The texts that requests with these keys ask about; none where no check needs them. They
+        are searched for in the corpus, because the cache does not hold them and a batch may be of
+        an earlier run."""
+        sources: dict[str, str] = {}
+        for request in self.requests() if keys and self.checks.config.need_source else ():
+            if request.key in keys:
+                sources[request.key] = request.source
+            if len(sources) == len(keys):
+                break
+        return sources
+
+    def record(self, response: TeacherResponse, source: str | None) -> None:
+        """Count a response of this run to a request that asks about `source`. Stops the run where
+        most responses are unusable."""
         self.in_flight.discard(response.key)
-        reason = self.checks.unusable_reason(response, request.source if request else None)
+        reason = self._unusable_reason(response, source)
         self.usable += reason is None
         if reason is not None:
             self.unusable[reason] += 1
         self._check_failures()
         self.show()
         self.progress.advance(1)
+
+    def _unusable_reason(self, response: TeacherResponse, source: str | None) -> str | None:
+        return self.cache.verdict(response, lambda: self.checks.unusable_reason(response, source))
 
     def reject(self, key: str, message: str) -> None:
         """Record that the server did not accept a request, and its message."""

@@ -11,7 +11,7 @@ The names of tables and columns belong to the file format: existing files must s
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from boltlm.teachers.cache_file import (
 from boltlm.teachers.cache_rows import RESPONSE_COLUMNS, read_totals, row_checksum
 
 _MAX_MESSAGE_CHARACTERS = 80
+# On disk, as `counted` below: there may be more responses than fit into memory.
+_VERDICTS = """create temp table verdicts (
+    key text, attempt integer, reason text, primary key (key, attempt)) without rowid"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class ResponseCache:
             self.connection, self.verified = open_cache_file(path, accept_loss=accept_loss)
         except sqlite3.DatabaseError as error:
             raise self._user_error(error, "opened") from error
+        self.connection.execute(_VERDICTS)
 
     def __enter__(self) -> "ResponseCache":
         try:
@@ -208,6 +212,17 @@ class ResponseCache:
         cursor = self.connection.execute("insert or ignore into temp.counted values (?)", (key,))
         return cursor.rowcount == 1
 
+    def verdict(self, response: TeacherResponse, judge: Callable[[], str | None]) -> str | None:
+        """What `judge` says of a response. It is asked only once over this connection: a run looks
+        at each response several times, and counting its tokens takes most of the time."""
+        request = (response.key, response.attempt)
+        query = "select reason from temp.verdicts where key = ? and attempt = ?"
+        row = self.connection.execute(query, request).fetchone()
+        if row is None:
+            row = (judge(),)
+            self.connection.execute("insert into temp.verdicts values (?, ?, ?)", (*request, *row))
+        return row[0]
+
     def is_in_batch(self, key: str, attempt: int) -> bool:
         """Whether an attempt at a request is part of a pending batch."""
         query = "select 1 from asked where key = ? and attempt = ?"
@@ -221,6 +236,11 @@ class ResponseCache:
             (teacher,),
         )
         return [PendingBatch(*row) for row in rows]
+
+    def find_batch(self, batch_id: str) -> PendingBatch | None:
+        """The pending batch with this id, of any teacher."""
+        query = "select token, asker, file, batch, expected_usd from batches where batch = ?"
+        return next((PendingBatch(*row) for row in self._read(query, (batch_id,))), None)
 
     def batch_requests(self, token: str) -> set[tuple[str, int]]:
         """(key, attempt) of every request of a pending batch."""

@@ -1,5 +1,6 @@
 """Which responses of a teacher are usable, and why the others are not (docs/teachers.md)."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,15 @@ from boltlm.tokens import SPECIAL_TOKENS
 EMPTY, REFUSED, TRUNCATED, SPECIAL_TOKEN = "empty", "refused", "truncated", "special_token"
 INCOMPLETE = "incomplete"  # it ended neither by the model itself nor at the token limit
 TOO_LONG, TOO_SHORT, COPIED = "too_long", "too_short", "copied"
+OTHER_LANGUAGE = "other_language"
 REJECTED = "rejected"  # the server did not accept the request; it costs nothing
 NO_ANSWER = "no_answer"  # the server answered other requests, but not this one, however often sent
 
 COPY_NGRAM = 8  # words; terms and formulas that a text must repeat are shorter
+SOURCE_LANGUAGE = "source"  # the language of the text that was asked about
+# Two texts have different languages only where each is this probably in its own language and at
+# most so probably in the other's: formulas and very short texts have no certain language.
+_MIN_OWN_LANGUAGE, _MAX_OTHER_LANGUAGE = 0.5, 0.05
 
 # The values of finish_reason, of various servers, that mean that the model ended the text itself.
 _STOP_REASONS = ("stop", "eos", "eos_token", "end_turn")
@@ -70,10 +76,12 @@ class ResponseChecksConfig:
     max_copied_fraction: the largest fraction of a response's runs of COPY_NGRAM words that may
       occur in the text that it was asked about; None: any.
     min_tokens: least length of a response, as our tokenizer counts it; 0: any.
+    language: the language of the responses, SOURCE_LANGUAGE or its ISO 639-1 code; None: any.
     """
 
     max_copied_fraction: float | None
     min_tokens: NonNegativeInt
+    language: str | None
 
     def __post_init__(self) -> None:
         fraction = self.max_copied_fraction
@@ -81,6 +89,18 @@ class ResponseChecksConfig:
             raise UserError(
                 f"max_copied_fraction must be null or between 0 and 1, below 1, found {fraction}"
             )
+        if self.language in (None, SOURCE_LANGUAGE):
+            return
+        if self.language not in (codes := _language_identifier().labels):
+            raise UserError(
+                f"language must be null, {SOURCE_LANGUAGE}, or one of {', '.join(sorted(codes))},"
+                f" found {self.language}"
+            )
+
+    @property
+    def need_source(self) -> bool:
+        """Whether responses are compared with the texts that were asked about."""
+        return self.max_copied_fraction is not None or self.language == SOURCE_LANGUAGE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,12 +117,13 @@ class ResponseChecks:
 
     def unusable_reason(self, response: TeacherResponse, source: str | None) -> str | None:
         """Why a response cannot be used, or None where it can. `source`: the text that it was asked
-        about; where it is not at hand, None, copies are not noticed."""
+        about; where it is not at hand, None, it is not compared with it."""
         return (
             ending_reason(response)
             or text_reason(response.text.strip())
             or self._length_reason(response.text.strip())
             or self._copy_reason(response.text, source)
+            or self._language_reason(response.text, source)
         )
 
     def _length_reason(self, text: str) -> str | None:
@@ -120,6 +141,15 @@ class ResponseChecks:
             return None
         return COPIED if copied_fraction(text, source) > limit else None
 
+    def _language_reason(self, text: str, source: str | None) -> str | None:
+        language = self.config.language
+        if language is None or (language == SOURCE_LANGUAGE and source is None):
+            return None
+        wanted = {language: 1.0}
+        if language == SOURCE_LANGUAGE and source is not None:
+            wanted = language_probabilities(source)
+        return OTHER_LANGUAGE if languages_differ(language_probabilities(text), wanted) else None
+
     def remedy(self, reason: str) -> str:
         """What a user can do where many responses are unusable for this reason."""
         checks = self.config
@@ -130,6 +160,8 @@ class ResponseChecks:
             TOO_SHORT: f"lower checks.min_tokens (now {checks.min_tokens})",
             COPIED: f"raise checks.max_copied_fraction (now {checks.max_copied_fraction}), or"
             " change the prompt",
+            OTHER_LANGUAGE: "have the prompt name the language, or change checks.language (now"
+            f" {checks.language})",
         }
         return remedies.get(reason, "check the model and the prompt")
 
@@ -164,6 +196,28 @@ def copied_fraction(text: str, source: str) -> float:
 def _ngrams(text: str) -> list[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return list(zip(*(words[start:] for start in range(COPY_NGRAM)), strict=False))
+
+
+@functools.cache
+def _language_identifier() -> Any:
+    # Loaded where it is needed only: its model takes a second and 100 MB.
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_probabilities(text: str) -> dict[str, float]:
+    """The probability of each language by its code, the most probable one first."""
+    return dict(_language_identifier().rank(text))
+
+
+def languages_differ(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two texts with these `language_probabilities` are certainly in different ones."""
+    first, second = next(iter(one)), next(iter(other))
+    return (
+        min(one[first], other[second]) >= _MIN_OWN_LANGUAGE
+        and max(one.get(second, 0.0), other.get(first, 0.0)) < _MAX_OTHER_LANGUAGE
+    )
 
 
 def read_message(message: Mapping[str, Any]) -> tuple[str, bool]:

@@ -43,7 +43,7 @@ class VLLMClient:
             responses = self._send(fitting)
             ledger.cache.add(responses)
             for pending, response in zip(fitting, responses, strict=True):
-                ledger.record(response, pending.request)
+                ledger.record(response, pending.request.source)
             count += len(batch)
             if ledger.stop_error is not None:
                 break
