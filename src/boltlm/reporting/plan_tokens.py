@@ -13,7 +13,7 @@ from boltlm.training.config import FLOP_MATCHED_KINDS, ModelEntry
 
 # Special tokens of a chunk with a latent: SoL Prior EoL in prior mode, SoL EoL SoL Post EoL in
 # posterior mode, of which a fair coin chooses one.
-MARKS = 4
+CHUNK_MARKS = 4
 PROMPT_MARKS = 8  # of the two prompts of the E-step: BOS SoL EoL SoL Post, and BOS SoL Prior
 # Questions of the public test sets; MMLU-STEM: its subjects of science and mathematics.
 TEST_QUESTIONS = {"gsm8k": 1319, "math": 5000, "mmlu_stem": 3153}
@@ -60,8 +60,8 @@ class TokenCounts:
             case "paraphrase":
                 return self._paraphrase_tokens(model)
         if self.settings.sequences.layout == "document":
-            return raw + chunks * (MARKS + latent) + 2 * documents
-        rows = chunks * (1 + self.context_tokens(corpus) + MARKS + latent) + raw
+            return raw + chunks * (CHUNK_MARKS + latent) + 2 * documents
+        rows = chunks * (1 + self.context_tokens(corpus) + CHUNK_MARKS + latent) + raw
         return rows * (self._num_samples(model) if model.draws == "weighted" else 1) + documents
 
     def training_tokens(self, name: str) -> int:
