@@ -9,8 +9,7 @@ from pathlib import Path
 from boltlm.corpus.corpora import BASE_CORPUS
 from boltlm.reporting.plan_config import Accelerator, PlanSettings
 from boltlm.reporting.plan_tokens import TokenCounts
-from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig
-from boltlm.teachers.model_config import APITeacherConfig
+from boltlm.teachers.model_config import APITeacherConfig, TeacherConfig
 from boltlm.training.config import PretrainConfig
 
 # Tokens of a chunk that one CPU core tokenises in a second, and bytes on the disk for a token of
@@ -105,7 +104,9 @@ class Planner:
         corpus = teacher.corpus
         documents, chunks = self.settings.corpora[corpus].documents, self.counts.chunks(corpus)
         stage, raw = f"teacher@{name}", self.counts.raw_tokens(corpus)
-        if not hasattr(teacher, "task"):  # latents that exist already, or are taken from the text
+        if not isinstance(
+            teacher, TeacherConfig
+        ):  # it asks no model
             latent = self.counts.latent_tokens(corpus)
             return StagePlan(
                 stage=stage,
@@ -115,7 +116,6 @@ class Planner:
                 latent_tokens=latent,
                 disk_bytes=latent * TEXT_BYTES,
             )
-        assert not isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig)
         requests = chunks if teacher.task == "latent" else documents * teacher.paraphrases
         shown = self.counts.chunk_tokens(corpus) + self.counts.context_tokens(corpus)
         shown = shown if teacher.task == "latent" else self.counts.document_tokens(corpus)

@@ -1,6 +1,7 @@
 """The figures that the finished stages of an experiment have recorded, beside their plan."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from boltlm.reporting.arms import ReportSettings
@@ -12,21 +13,7 @@ def recorded_stages(settings: ReportSettings, metrics: Path, timings: Path) -> d
     """The recorded figures of each stage that has any: from the folders of metrics and of
     wall-clock figures."""
     results = read_results(settings, metrics, timings)
-    split = _numbers(metrics / "split.json")
-    stages: dict[str, StagePlan] = {}
-    if split:
-
-        def total(what: str) -> int:
-            """Over the corpora; `contamination/…` has further keys that end so."""
-            parts = (value for key, value in split.items() if key.count("/") == 1 and what in key)
-            return int(sum(parts))
-
-        stages["split"] = StagePlan(
-            stage="split",
-            documents=total("/documents"),
-            chunks=total("/chunks"),
-            raw_tokens=total("/tokens"),
-        )
+    stages = _recorded_split(_numbers(metrics / "split.json"))
     for name in settings.teachers:
         if numbers := _numbers(metrics / "teacher" / f"{name}.json"):
             stages[f"teacher@{name}"] = StagePlan(
@@ -59,6 +46,23 @@ def recorded_stages(settings: ReportSettings, metrics: Path, timings: Path) -> d
                 seconds=times[-1].get("seconds"),
             )
     return stages
+
+
+def _recorded_split(numbers: Metrics) -> dict[str, StagePlan]:
+    """The sums over the corpora; `contamination/…` has further keys that end in the same way."""
+    if not numbers:
+        return {}
+    sums = Counter[str]()
+    for key, value in numbers.items():
+        _, _, what = key.partition("/")
+        sums[what] += int(value)
+    split = StagePlan(
+        stage="split",
+        documents=sums["documents"],
+        chunks=sums["chunks"],
+        raw_tokens=sums["tokens"],
+    )
+    return {split.stage: split}
 
 
 def _whole(value: float | None) -> int | None:
