@@ -39,6 +39,12 @@ def _plan(args: argparse.Namespace) -> None:
     print(plan_report(args))
 
 
+def plan_of(path: Path) -> str:
+    """The plan of a params file, on the device that it is made for."""
+    values = {"params": path, "gpu": None, "gpus": None, "measured": False}
+    return plan_report(argparse.Namespace(**values, lock=Path("dvc.lock")))
+
+
 def plan_report(args: argparse.Namespace) -> str:
     """The plan as text. `args`: the arguments of the command."""
     from boltlm.reporting.arms import ReportSettings

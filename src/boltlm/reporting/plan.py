@@ -104,9 +104,7 @@ class Planner:
         corpus = teacher.corpus
         documents, chunks = self.settings.corpora[corpus].documents, self.counts.chunks(corpus)
         stage, raw = f"teacher@{name}", self.counts.raw_tokens(corpus)
-        if not isinstance(
-            teacher, TeacherConfig
-        ):  # it asks no model
+        if not isinstance(teacher, TeacherConfig):  # it asks no model
             latent = self.counts.latent_tokens(corpus)
             return StagePlan(
                 stage=stage,
