@@ -6,6 +6,7 @@ from boltlm.commands.analysis import add_analysis_commands
 from boltlm.commands.init import add_init_command
 from boltlm.commands.plan import add_plan_command
 from boltlm.commands.teachers import add_teacher_commands
+from boltlm.commands.trial import add_trial_commands
 from boltlm.errors import run_main
 
 
@@ -22,6 +23,7 @@ def _run_command() -> None:
     add_init_command(commands)
     add_plan_command(commands)
     add_teacher_commands(commands)
+    add_trial_commands(commands)
     add_analysis_commands(commands)
     args = parser.parse_args()
     args.run(args)
