@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(sys.executable).with_name("boltlm")
-COMMANDS = ("compare", "seeds", "teacher preview", "verify-weights", "browse")
+COMMANDS = ("plan", "compare", "seeds", "teacher preview", "verify-weights", "browse")
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

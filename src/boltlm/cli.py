@@ -3,7 +3,10 @@
 import argparse
 
 from boltlm.commands.analysis import add_analysis_commands
+from boltlm.commands.init import add_init_command
+from boltlm.commands.plan import add_plan_command
 from boltlm.commands.teachers import add_teacher_commands
+from boltlm.commands.trial import add_trial_commands
 from boltlm.errors import run_main
 
 
@@ -14,10 +17,13 @@ def main() -> None:
 
 def _run_command() -> None:
     parser = argparse.ArgumentParser(
-        prog="boltlm", description="Preview teachers, check their responses; analyse experiments."
+        prog="boltlm", description="Plan an experiment, try its parts, analyse what it made."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_init_command(commands)
+    add_plan_command(commands)
     add_teacher_commands(commands)
+    add_trial_commands(commands)
     add_analysis_commands(commands)
     args = parser.parse_args()
     args.run(args)

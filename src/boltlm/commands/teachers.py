@@ -1,6 +1,7 @@
 """Sub-commands for teachers: a preview, and care of the response cache."""
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def _add_teacher(commands: Commands) -> None:
 
 
 def _preview_teacher(args: argparse.Namespace) -> None:
+    for text in preview_texts(args):
+        print(text, flush=True)
+
+
+def preview_texts(args: argparse.Namespace) -> Iterator[str]:
+    """The parts of a preview. `args`: the arguments of `teacher preview`."""
     from boltlm.shard_store import repository_path
     from boltlm.teachers.config import TeacherSettings
     from boltlm.teachers.preview import PreviewPaths, preview
@@ -67,9 +74,7 @@ def _preview_teacher(args: argparse.Namespace) -> None:
         prompts=Path(load_settings(TeacherPromptsSettings, args.params).prompts),
     )
     coder = TextCoder(args.base) if args.base.exists() else None
-    texts = preview(settings, coder, paths, num_requests=args.requests, num_sent=args.send)
-    for text in texts:
-        print(text, flush=True)
+    yield from preview(settings, coder, paths, num_requests=args.requests, num_sent=args.send)
 
 
 def _add_cache(commands: Commands) -> None:

@@ -1,8 +1,6 @@
 """Where documents come from: generated pages, files, a data set of the hub, GSM8K or MATH."""
 
-import glob
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +10,16 @@ from typing import Any, Literal
 from boltlm.corpus.benchmarks import BenchmarkItem, read_benchmark
 from boltlm.corpus.generated import GeneratedSource, generate_documents, generate_questions
 from boltlm.corpus.pieces import PieceColumns, read_pieces
-from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, split_revision, stream_hub
+from boltlm.corpus.readers import (
+    DATA_FILE_TYPES,
+    is_file_name,
+    read_jsonl,
+    read_rows,
+    split_revision,
+    stream_hub,
+)
 from boltlm.corpus.shuffle import shuffled
+from boltlm.corpus.text_files import TextsSource, file_names, find_files, read_texts
 from boltlm.errors import UserError
 from boltlm.params import NonNegativeInt
 from boltlm.records import Document, Question
@@ -40,7 +46,7 @@ class ColumnMapping:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesSource:
-    """JSONL (also .gz) or Parquet files, given by a path or a glob pattern.
+    """JSONL (also .gz) or Parquet files, given by a path, a folder or a glob pattern.
 
     `shuffle_buffer`: number of documents in the shuffle buffer. 0 leaves the documents in file
     order; a buffer as large as the source shuffles it uniformly, and so does null, with sorted
@@ -90,14 +96,14 @@ class MATHSource:
     shuffle_buffer: NonNegativeInt | None
 
 
-CorpusSource = GeneratedSource | FilesSource | HubSource | GSM8KSource | MATHSource
+CorpusSource = GeneratedSource | FilesSource | TextsSource | HubSource | GSM8KSource | MATHSource
 
 
 def local_path(config: CorpusSource) -> str | None:
     """The path or glob pattern of the local files that a source reads, if it reads any."""
     if isinstance(config, GSM8KSource | MATHSource):
         return config.path if is_file_name(config.path) else None
-    return config.path if isinstance(config, FilesSource) else None
+    return config.path if isinstance(config, FilesSource | TextsSource) else None
 
 
 def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
@@ -115,6 +121,8 @@ def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
         documents = map(_math_document, items)
     elif isinstance(config, FilesSource):
         documents = _file_documents(config)
+    elif isinstance(config, TextsSource):
+        documents = read_texts(config)
     else:
         rows = stream_hub(config.name, config.config, config.split)
         documents = _mapped_documents(rows, config.columns, split_revision(config.name)[0])
@@ -149,14 +157,8 @@ def format_gsm8k_answer(answer: str) -> str:
 
 
 def _file_documents(config: FilesSource) -> Iterator[Document]:
-    paths = sorted(glob.glob(config.path))
-    if not paths:
-        raise UserError(f"corpus path '{config.path}': no such file; give a path or glob pattern")
-    names = [Path(path).name for path in paths]
-    if len(set(names)) < len(names):  # ids must be unique, without folders of this machine in them
-        common = os.path.commonpath(paths)
-        names = [os.path.relpath(path, common) for path in paths]
-    for path, name in zip(paths, names, strict=True):
+    paths = find_files(config.path, DATA_FILE_TYPES)
+    for path, name in zip(paths, file_names(paths), strict=True):
         yield from _mapped_documents(read_rows(path), config.columns, name)
 
 

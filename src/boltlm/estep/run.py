@@ -1,5 +1,6 @@
 """The E-step over a corpus: the stage `latents`, which writes `data/latents/<name>`."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +16,9 @@ from boltlm.estep.shard_worker import ShardTask
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import shard_paths
 from boltlm.shard_store import run_shards
+
+# Of the draws; above it most latents are cut off and not thoughts.
+MAX_FORCED_FRACTION = 0.5
 
 
 def run_estep(
@@ -58,9 +62,22 @@ def run_estep(
     _write_histogram(histogram_path, total.diagnostics)
     metrics = total.diagnostics.diagnostics() | total.diagnostics.exact_match_metrics()
     metrics["forward_tokens"] = total.forward_tokens
+    _warn_of_forced_draws(settings, metrics["forced_fraction"])
     if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
         metrics["bound_per_token"] = total.diagnostics.sums["log_mean_weight"] / total.text_tokens
     return metrics, _wall_clock_figures(throughputs)
+
+
+def _warn_of_forced_draws(settings: EStepSettings, forced_fraction: float) -> None:
+    if forced_fraction > MAX_FORCED_FRACTION:
+        print(
+            f"warning: latents.{settings.name}: {forced_fraction:.0%} of the latents were cut at"
+            f" max_latent_tokens ({settings.max_latent_tokens}), so most are no complete thoughts;"
+            f" train {settings.entry.model} longer, raise max_latent_tokens, or take a larger base"
+            " model (boltlm try shows some)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _write_histogram(path: Path, diagnostics: WeightDiagnostics) -> None:

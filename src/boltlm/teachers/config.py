@@ -54,9 +54,20 @@ class ImportTeacherConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractTeacherConfig:
+    """`kind: extract`: a plan taken from the text of each chunk by rules, with at most `phrases`
+    key phrases. It is no thought of a person or of a model."""
+
+    kind: Literal["extract"]
+    corpus: Annotated[str, EntryName("corpora")]
+    phrases: PositiveInt
+
+
 AnyTeacher = (
     DatasetTeacherConfig
     | ImportTeacherConfig
+    | ExtractTeacherConfig
     | OpenAIChatConfig
     | OpenAIBatchConfig
     | VLLMTeacherConfig

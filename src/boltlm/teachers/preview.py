@@ -9,7 +9,12 @@ import pyarrow.parquet as pq
 
 from boltlm.errors import UserError
 from boltlm.records import shard_paths
-from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
+from boltlm.teachers.config import (
+    DatasetTeacherConfig,
+    ExtractTeacherConfig,
+    ImportTeacherConfig,
+    TeacherSettings,
+)
 from boltlm.teachers.job import ModelTeacher, TeacherJob
 from boltlm.teachers.model_config import APITeacherConfig, OpenAIBatchConfig, OpenAIChatConfig
 from boltlm.teachers.prompts import LATENT_RATIO, TeacherRequest
@@ -49,7 +54,7 @@ def preview(
     characters. Raises UserError where the corpus is missing, and as the stage `teacher` does.
     """
     teacher = settings.teacher
-    if isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig):
+    if isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig | ExtractTeacherConfig):
         raise UserError(
             f"teachers.{settings.name}: a teacher of kind {teacher.kind} asks no model, so there is"
             " nothing to preview"

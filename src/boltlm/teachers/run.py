@@ -18,7 +18,12 @@ from boltlm.records import (
     shard_paths,
     write_shard,
 )
-from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
+from boltlm.teachers.config import (
+    DatasetTeacherConfig,
+    ExtractTeacherConfig,
+    ImportTeacherConfig,
+    TeacherSettings,
+)
 from boltlm.teachers.imported import UNMATCHED, ImportedLatents
 from boltlm.teachers.job import ModelTeacher, TeacherJob
 from boltlm.teachers.prompts import RequestBuilder
@@ -50,13 +55,18 @@ def run_teacher(
     metrics: counts of rows, of dropped rows by reason, and of tokens and cost.
 
     `split`, `chunks`: the folders of the corpus's documents and chunks. `cache`: the file of the
-    response cache, `prompts`: the folder of the templates; `kind: dataset` and `import` use
-    neither. Raises UserError when there is no latent at all, when too many requests have no usable
-    response, or when too few documents can be matched with those of another data set.
+    response cache, `prompts`: the folder of the templates; only teachers that ask a model use them.
+    Raises UserError when there is no latent at all, when too many requests have no usable response,
+    or when too few documents can be matched with those of another data set.
     """
     teacher, key = settings.teacher, f"teachers.{settings.name}"
-    if isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig):
-        latents_of = _own_latents
+    if isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig | ExtractTeacherConfig):
+        latents_of: LatentsOfDocument = _own_latents
+        if isinstance(teacher, ExtractTeacherConfig):
+            from boltlm.teachers.extracted import PhraseExtractor  # scikit-learn is slow to import
+
+            limit = settings.max_latent_tokens
+            latents_of = PhraseExtractor(teacher.phrases, encoder, limit).latents
         if isinstance(teacher, ImportTeacherConfig):
             latents_of = _imported_latents(key, teacher, split, chunks).latents
         counts = _write_latents_of_data(
