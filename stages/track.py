@@ -4,9 +4,9 @@
         --figures metrics/figures --timings timings --lock dvc.lock --reports reports \
         --db mlflow.db --artifacts mlartifacts
 
-The database and the artifacts belong to the repository itself also when DVC runs a queued experiment
-in a copy of it. MLFLOW_TRACKING_URI names another store; a server that does not answer costs a
-warning and no error. To look at the runs: make ui.
+The database and the artifacts are those of the repository itself also when DVC runs a queued
+experiment in a copy. MLFLOW_TRACKING_URI names another store; a server that does not answer costs
+a warning and no error. To look at the runs: make ui.
 """
 
 import argparse

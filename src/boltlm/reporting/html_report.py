@@ -30,7 +30,7 @@ from boltlm.shard_store import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MD5_CHARACTERS = 12  # of a hash, in the table of stages
-_SCROLL = '<div class="scroll">'  # wide tables scroll, the page does not
+_SCROLL = '<div class="scroll" tabindex="0">'  # wide tables scroll, the page does not
 ABOUT_GRAPH = (
     "Each stage after those that it reads, with the beginning of the MD5 hash that dvc.lock has of"
     " each output."
