@@ -24,8 +24,8 @@ from boltlm.reporting.mlflow_store import (
     tracking_store,
 )
 
-HOST = "127.0.0.1"
-POLL_SECONDS = 0.3
+_HOST = "127.0.0.1"
+_POLL_SECONDS = 0.3
 
 
 def runs_address(server: str, experiment: str) -> str:
@@ -47,13 +47,13 @@ def open_ui(store: TrackingStore, port: int) -> None:
         _show(runs_address(store.uri.rstrip("/"), experiment), store)
         return
     port = _free_port(port)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port)]
     command += ["--workers", "1", "--backend-store-uri", store.uri]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes
     server = subprocess.Popen(command, env=environment)
     try:
-        _await(f"http://{HOST}:{port}", server)
-        _show(runs_address(f"http://{HOST}:{port}", experiment), store)
+        _await(f"http://{_HOST}:{port}", server)
+        _show(runs_address(f"http://{_HOST}:{port}", experiment), store)
         server.wait()
     except KeyboardInterrupt:
         print()
@@ -67,7 +67,7 @@ def _free_port(port: int) -> int:
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((HOST, port))
+            listening.bind((_HOST, port))
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"--port {port} cannot be used ({error}); give another, or 0 for any free one"
@@ -84,7 +84,7 @@ def _await(server: str, process: "subprocess.Popen[bytes]") -> None:
             requests.get(f"{server}/health", timeout=5)
             return
         except requests.RequestException:
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 def _show(address: str, store: TrackingStore) -> None:
@@ -94,7 +94,7 @@ def _show(address: str, store: TrackingStore) -> None:
         webbrowser.open(address)
 
 
-def main() -> None:
+def _main() -> None:
     parser = argparse.ArgumentParser(description="Open the runs of all experiments in MLflow.")
     parser.add_argument("--port", type=int, default=5000, help="default: 5000; 0: any free one")
     parser.add_argument("--db", type=Path, default=Path("mlflow.db"))
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(_main)
