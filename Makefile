@@ -23,7 +23,7 @@ deps: .venv/ready
 	$(RUN) python -m tests.stage_deps
 
 ui: .venv/ready
-	$(RUN) mlflow ui --backend-store-uri sqlite:///mlflow.db
+	$(RUN) python -m boltlm.reporting.mlflow_ui
 
 .venv/ready: $(LOCK) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed")'

@@ -27,6 +27,7 @@ def main() -> None:
     args = parse_args()
     from boltlm.params import load_settings
     from boltlm.reporting import html_report  # imports torch, which --help need not
+    from boltlm.reporting.experiment_identity import report_path
     from boltlm.reporting.html_config import HtmlReportSettings
     from boltlm.shard_store import repository_path
 
@@ -39,7 +40,7 @@ def main() -> None:
         data=args.data,
         models=args.models,
     )
-    out = html_report.report_path(repository_path(args.out))
+    out = report_path(repository_path(args.out))
     html_report.write_html_report(settings, paths, out)
     args.marker.write_text("written\n", encoding="utf-8")
     print(f"report: {out}")

@@ -123,8 +123,9 @@ def test_the_flop_matched_baseline_saw_as_many_tokens_as_the_latent_run(finished
 
 @pytest.mark.timeout(3600)
 def test_a_second_repro_does_nothing(finished: Path) -> None:
-    """Nothing that a stage writes may make another one, or itself, look out of date."""
-    assert "Running stage" not in run(finished, "dvc", "repro")
+    """Nothing that a stage writes may make another one, or itself, look out of date; only what logs
+    to MLflow always runs."""
+    assert re.findall(r"Running stage '(\S+)'", run(finished, "dvc", "repro")) == ["track"]
 
 
 @pytest.mark.timeout(3600)
@@ -214,7 +215,7 @@ def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
         status = json.loads(run(finished, "dvc", "status", "--json"))
     finally:
         (finished / "params.yaml").write_text(params)
-    always = {"figures", "report", "track"}  # they depend on every metrics file
+    always = {"figures", "summary", "report", "track"}  # they depend on every metrics file
     assert set(status) - always == {"latents@em1", "latents@em2"}
 
 
@@ -288,13 +289,13 @@ def test_mlflow_holds_the_experiment_and_its_children(finished: Path) -> None:
         names = [name for (name,) in database.execute("select name from runs")]
         metrics = database.execute(
             "select step, value from metrics join runs using (run_uuid) where"
-            " key = 'elbo_per_token' and runs.name not like 'curves/%' order by step"
+            " key = 'elbo' order by step"
         ).fetchall()
         speeds = database.execute(
             "select distinct runs.name from metrics join runs using (run_uuid)"
             " where key = 'tokens_per_second'"
         ).fetchall()
-    assert names.count("workspace") == 1
+    assert names.count("default") == 1, "also after a second dvc repro"
     assert {"em1", "em2", "raw_flops"} <= set(names)
     assert {step for step, _ in metrics} == {0, 1, 2}
     assert {"base", "em1", "em2", "raw_flops"} <= {name for (name,) in speeds}

@@ -99,6 +99,7 @@ def stage_settings() -> dict[str, Any]:
         "curves": CurveSettings,
         "finetune": FinetuneSettings,
         "figures": ReportSettings,
+        "summary": ReportSettings,
         "report": HtmlReportSettings,
     }
 

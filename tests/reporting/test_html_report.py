@@ -19,7 +19,8 @@ from boltlm.reporting.html_report import (
     render_page,
     write_html_report,
 )
-from boltlm.reporting.provenance import changed_metrics, locked_stages, stage_costs
+from boltlm.reporting.lockfile import locked_stages
+from boltlm.reporting.provenance import changed_metrics, stage_costs
 from boltlm.reporting.results import Results, read_results
 from boltlm.reporting.summary import Summary, find_warnings
 from boltlm.timing import timing_path, write_timing

@@ -10,8 +10,9 @@ from boltlm.errors import UserError
 from boltlm.params import PositiveInt, load_settings
 
 COMPARE_EXAMPLE = """\
-example:
+examples:
   boltlm compare data/evaluate/em3 data/evaluate/em1 --corpus heldout
+  boltlm compare data/evaluate/em3 data/evaluate/em1 --corpus heldout --html em3-em1.html
 
 Both models were measured on the same documents and questions, so what makes some of them hard for
 any model cancels, and the errors are smaller than those of the two models' own numbers. Give the
@@ -71,19 +72,28 @@ def _add_compare(commands: Commands) -> None:
         metavar="N",
         help="print N answers of which only one is correct",
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write differences and all such answers to a page"
+    )
 
 
 def _compare(args: argparse.Namespace) -> None:
     from boltlm.evaluation import compare
 
+    differences: dict[str, compare.PairedDifference] = {}
     if args.one != args.other:
         if args.corpus is None:
             raise UserError("--corpus is missing: give the name of a held-out corpus")
         differences = compare.paired_differences(args.one, args.other, args.corpus)
         print(compare.format_comparison(args.one, args.other, differences))
-    if args.disagreements or args.one == args.other:
+    if args.disagreements or args.html or args.one == args.other:
         pairs = compare.disagreements(args.one, args.other)
         print(compare.format_disagreements(args.one, args.other, pairs, args.disagreements))
+        if args.html:
+            from boltlm.reporting.comparison_page import write_comparison
+
+            write_comparison(args.one, args.other, differences, pairs, args.html)
+            print(f"page: {args.html}")
 
 
 def _add_seeds(commands: Commands) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import html
 import json
 import mimetypes
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +19,18 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from boltlm.reporting.browser_documents import DataFolders
+from boltlm.reporting.experiment_identity import FACTS_FILE
 from boltlm.reporting.html_config import HtmlReportSettings
 from boltlm.reporting.latent_browser import browser_data
-from boltlm.reporting.provenance import (
-    LockedFile,
-    LockedStage,
-    changed_metrics,
-    locked_stages,
-    stage_costs,
-    versions,
-)
+from boltlm.reporting.lockfile import LockedFile, LockedStage, locked_stages
+from boltlm.reporting.provenance import changed_metrics, stage_costs, versions
 from boltlm.reporting.results import read_results
 from boltlm.reporting.summary import Summary, find_warnings
 from boltlm.shard_store import atomic_write
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MD5_CHARACTERS = 12  # of a hash, in the table of stages
-_SCROLL = '<div class="scroll">'  # wide tables scroll, the page does not
+_SCROLL = '<div class="scroll" tabindex="0">'  # wide tables scroll, the page does not
 ABOUT_GRAPH = (
     "Each stage after those that it reads, with the beginning of the MD5 hash that dvc.lock has of"
     " each output."
@@ -66,14 +60,9 @@ class ExperimentPaths:
         return self.data / "evaluate"
 
 
-def report_path(folder: Path) -> Path:
-    """The page of this experiment below the folder of all reports. Queued experiments share the
-    folder, and each has a page of its own."""
-    return folder / os.environ.get("DVC_EXP_NAME", "workspace") / "index.html"
-
-
 def write_html_report(settings: HtmlReportSettings, paths: ExperimentPaths, out: Path) -> None:
-    """Write the page to the file `out`, completely or not at all."""
+    """Write the page to the file `out`, completely or not at all, and beside it its summary,
+    warnings and versions as JSON."""
     results = read_results(settings, paths.metrics, paths.timings)
     stages = locked_stages(settings, paths.lock)
     warnings = find_warnings(settings, results, paths.metrics)
@@ -88,11 +77,12 @@ def write_html_report(settings: HtmlReportSettings, paths: ExperimentPaths, out:
         _section("Warnings", _items("ul", warnings or ["None."]), "warnings"),
         f"<section>{markdown_html(report)}</section>" if report.is_file() else "",
     ]
+    facts = versions()
     costs = stage_costs(settings, results, paths.metrics)
     after = [
         _section("Graph", f"<p>{ABOUT_GRAPH}</p>{_stage_table(stages)}"),
         _section("Cost and time", f"<p>{ABOUT_COST}</p>{html_table(COST_HEAD, costs)}"),
-        _section("Versions", html_table(["of this machine", "version"], list(versions().items()))),
+        _section("Versions", html_table(["of this machine", "version"], list(facts.items()))),
     ]
     data = browser_data(settings, DataFolders(paths.data, paths.models))
     data["more"] = MORE_DOCUMENTS
@@ -101,6 +91,9 @@ def write_html_report(settings: HtmlReportSettings, paths: ExperimentPaths, out:
     )
     with atomic_write(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    with atomic_write(out.with_name(FACTS_FILE)) as temporary:
+        content = {"summary": sentences, "warnings": warnings, "versions": facts}
+        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def render_page(title: str, data: Mapping[str, Any], *, before: str = "", after: str = "") -> str:

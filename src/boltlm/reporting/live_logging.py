@@ -1,25 +1,21 @@
 """A training curve in MLflow while the training is still running."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from boltlm.reporting.mlflow_tracking import (
+from boltlm.reporting.mlflow_store import (
+    TrackingServerError,
     TrackingStore,
-    child_runs,
-    create_child,
-    experiment_run,
-    log_points,
     mlflow_client,
     tracking_store,
 )
+from boltlm.reporting.mlflow_tracking import live_run, log_points
 from boltlm.reporting.results import MetricPoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 __all__ = ["live_logger", "tracking_store"]  # all that the stage `train` needs
 
@@ -27,22 +23,22 @@ RETRY_AFTER_SECONDS = 300.0  # pause after MLflow reported an error
 
 
 def live_logger(
-    params: Mapping[str, str], part: str, store: TrackingStore
-) -> Callable[[Mapping[str, float]], None]:
+    identity: Mapping[str, str], part: str, store: TrackingStore
+) -> Callable[[Mapping[str, float]], None] | None:
     """A function that logs one line of a part's training curve, which includes its `step`.
 
-    `params` are those of the experiment as dotted keys. The lines go to a child run that
-    `log_experiment` replaces when the experiment is finished. Raises UserError if MLflow cannot be
-    reached at the start; a later error never ends the training (see `_LiveRun`).
+    `identity`: the params of the experiment as dotted keys. The lines go to a child run that
+    `log_experiment` replaces when the experiment is finished. None, after a warning, where a server
+    does not answer; a later error never ends the training (see `_LiveRun`). Raises UserError if the
+    database reports an error.
     """
-    # Set before MLflow is imported: a training must not wait for many retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    with mlflow_client(store) as client:
-        parent = experiment_run(client, store, params)
-        if outdated := child_runs(client, parent).get(part):
-            client.delete_run(outdated.info.run_id)
-        run = create_child(client, parent, part)
-    return _LiveRun(client, run, store.uri).log
+    try:
+        with mlflow_client(store) as client:
+            run_id = live_run(client, store, identity, part).info.run_id
+    except TrackingServerError as error:
+        print(f"warning: {error}; the training is not logged live", file=sys.stderr)
+        return None
+    return _LiveRun(client, run_id, store).log
 
 
 class _LiveRun:
@@ -52,8 +48,8 @@ class _LiveRun:
     an error nothing is sent for RETRY_AFTER_SECONDS, and only the first error is reported.
     """
 
-    def __init__(self, client: "MlflowClient", run: "Run", uri: str) -> None:
-        self._client, self._run, self._uri = client, run, uri
+    def __init__(self, client: "MlflowClient", run_id: str, store: TrackingStore) -> None:
+        self._client, self._run_id, self._store = client, run_id, store
         self._reported = False
         self._paused_until = 0.0
 
@@ -66,9 +62,10 @@ class _LiveRun:
         step = int(line["step"])
         points = [MetricPoint(name, value, step) for name, value in line.items() if name != "step"]
         try:
-            log_points(self._client, self._run, points)
+            log_points(self._client, self._run_id, points)
         except MlflowException as error:
             self._paused_until = time.monotonic() + RETRY_AFTER_SECONDS
             if not self._reported:
-                print(f"MLflow at {self._uri}: {error}; training continues", file=sys.stderr)
+                text = self._store.masked(f"MLflow at {self._store.uri}: {error}")
+                print(f"warning: {text}; training continues", file=sys.stderr)
             self._reported = True

@@ -8,120 +8,116 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock
-
-from boltlm.errors import UserError
+from boltlm.fingerprint import hash_path
+from boltlm.reporting.mlflow_store import TrackingStore, experiment_id, mlflow_client
 from boltlm.reporting.results import MetricPoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-EXPERIMENT_NAME = "boltlm"
 EXPERIMENT_KEY_TAG = "boltlm.key"  # identifies the run of an experiment
-PARAMS_TAG = "boltlm.params"  # digest of the params of an experiment's run
 PART_TAG = "boltlm.part"  # the part that a child run belongs to
-CONTENT_TAG = "boltlm.content"  # digest of the points that a run was given
+CONTENT_TAG = "boltlm.content"  # digest of what a run was given; missing while it is incomplete
 PARENT_TAG = "mlflow.parentRunId"
+DESCRIPTION_TAG = "mlflow.note.content"
 MAX_PARAM_CHARACTERS = 500  # MLflow's limit for the value of a parameter
+MAX_TAG_CHARACTERS = 5000  # and for that of a tag
+MAX_DIGEST_CHARACTERS = 36  # and for the digest of a data set
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # MLflow's limits
+
+
+class DataSet(NamedTuple):
+    """A file or folder that a run reads: its path, and its hash in dvc.lock."""
+
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What is logged of a run. `started` and `ended` are in seconds since 1970, None: unknown."""
+
+    params: Mapping[str, str] = field(default_factory=dict)
+    points: Sequence[MetricPoint] = ()
+    inputs: Sequence[DataSet] = ()
+    started: float | None = None
+    ended: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentRecord:
-    """What is logged of an experiment: its params as dotted keys, its own points, the points of
-    each part by the part's name, files, and folders with all they contain. Folders that do not
-    exist are skipped."""
+    """What is logged of an experiment: the name of its run, all its params as dotted keys (they
+    identify it), its own run, that of each part by the part's name, tags, a description in
+    Markdown, and artifacts: files and folders by the folder of artifacts that they belong to ("":
+    the top). Files and folders that do not exist are skipped."""
 
-    params: Mapping[str, str]
-    points: Sequence[MetricPoint]
-    parts: Mapping[str, Sequence[MetricPoint]]
-    files: Sequence[Path]
-    folders: Sequence[Path]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrackingStore:
-    """An MLflow store: its URI, the folder for artifacts if the store is a database (a server has
-    its own), and the file of the lock that experiments running at the same time share."""
-
-    uri: str
-    artifacts: Path
-    lock: Path
-
-
-def tracking_store(db: Path, artifacts: Path) -> TrackingStore:
-    """The store at MLFLOW_TRACKING_URI if that is set, else the SQLite database `db`."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{db.resolve()}"
-    return TrackingStore(
-        uri=uri, artifacts=artifacts.resolve(), lock=db.with_name(f"{db.name}.lock")
-    )
+    name: str
+    identity: Mapping[str, str]
+    run: RunRecord
+    parts: Mapping[str, RunRecord]
+    tags: Mapping[str, str]
+    description: str
+    artifacts: Sequence[tuple[Path, str]]
 
 
 def log_experiment(record: ExperimentRecord, store: TrackingStore) -> str:
     """Log an experiment and return the id of its run.
 
-    The run is named after DVC_EXP_NAME, or `workspace`. Logging the same experiment again (the same
-    name; in the workspace, the same params) updates its run. A child run whose points changed is
-    deleted and created again, because MLflow cannot remove a point. Raises UserError if MLflow
-    cannot be reached or reports an error.
+    An experiment is known by DVC_EXP_NAME; in the workspace, where there is none, by its params. If
+    it has been logged with this very content, nothing is done; a run with another content is
+    deleted with its children and logged anew, because MLflow can change neither params nor points.
+    Raises UserError if MLflow reports an error, TrackingServerError where it is a server.
     """
+    content = _content(record)
     with mlflow_client(store) as client:
-        run = experiment_run(client, store, record.params)
-        _update_points(client, run, record.points)
-        _update_children(client, run, record.parts)
-        for file in record.files:
-            client.log_artifact(run.info.run_id, str(file))
-        for folder in record.folders:
-            if folder.is_dir():
-                client.log_artifacts(run.info.run_id, str(folder), folder.name)
-        client.set_terminated(run.info.run_id)
-    return run.info.run_id
+        experiment = experiment_id(client, store)
+        key = _experiment_key(record.identity)
+        for run in _runs_with_key(client, experiment, key):
+            if run.data.tags.get(CONTENT_TAG) == content:
+                return run.info.run_id
+            for outdated in [*child_runs(client, run).values(), run]:
+                client.delete_run(outdated.info.run_id)
+        tags = {EXPERIMENT_KEY_TAG: key, DESCRIPTION_TAG: record.description, **record.tags}
+        parent = _create_run(client, experiment, record.name, record.run, tags)
+        _log_run(client, parent, record.run)
+        for part, part_record in record.parts.items():
+            tags = {PARENT_TAG: parent, PART_TAG: part}
+            child = _create_run(client, experiment, part, part_record, tags)
+            _log_run(client, child, part_record)
+            client.set_terminated(child, end_time=_milliseconds(part_record.ended))
+        for path, folder in record.artifacts:
+            if path.is_dir():
+                client.log_artifacts(parent, str(path), folder or None)
+            elif path.is_file():
+                client.log_artifact(parent, str(path), folder or None)
+        client.set_tag(parent, CONTENT_TAG, content)
+        client.set_terminated(parent, end_time=_milliseconds(record.run.ended))
+    return parent
 
 
-@contextmanager
-def mlflow_client(store: TrackingStore) -> Iterator["MlflowClient"]:
-    """A client of the store, whose lock is held inside the `with` statement.
-
-    Raises UserError where MLflow cannot be reached or reports an error inside it.
-    """
-    # MLflow reads this when it is imported; by default it sends usage data over the network.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    with FileLock(store.lock):
-        try:
-            yield MlflowClient(tracking_uri=store.uri)
-        except MlflowException as error:
-            raise UserError(f"MLflow at {store.uri}: {error}") from error
-
-
-def experiment_run(
-    client: "MlflowClient", store: TrackingStore, params: Mapping[str, str]
+def live_run(
+    client: "MlflowClient", store: TrackingStore, identity: Mapping[str, str], part: str
 ) -> "Run":
-    """The run of the experiment with these params, created if there is none. A run with the same
-    name but other params is deleted with its children, because MLflow cannot change params."""
-    experiment_id = _experiment_id(client, store)
-    name = os.environ.get("DVC_EXP_NAME")
-    content = _digest(params)
-    key = _digest(["named", name] if name else ["workspace", content])
-    for run in client.search_runs([experiment_id], f"tags.`{EXPERIMENT_KEY_TAG}` = '{key}'"):
-        if run.data.tags.get(PARAMS_TAG) == content:
-            return run
-        for outdated in [*child_runs(client, run).values(), run]:
-            client.delete_run(outdated.info.run_id)
-    tags = {EXPERIMENT_KEY_TAG: key}
-    run = client.create_run(experiment_id, run_name=name or "workspace", tags=tags)
-    _log_params(client, run, params)
-    client.set_tag(run.info.run_id, PARAMS_TAG, content)
-    return run
+    """A new, empty child run for a part of an experiment that is running. The experiment's run is
+    created if there is none; `log_experiment` will replace both."""
+    experiment = experiment_id(client, store)
+    key = _experiment_key(identity)
+    parent = next(iter(_runs_with_key(client, experiment, key)), None)
+    if parent is None:
+        name = os.environ.get("DVC_EXP_NAME", "workspace")
+        parent = client.create_run(experiment, run_name=name, tags={EXPERIMENT_KEY_TAG: key})
+    if CONTENT_TAG in parent.data.tags:
+        client.delete_tag(parent.info.run_id, CONTENT_TAG)
+    if outdated := child_runs(client, parent).get(part):
+        client.delete_run(outdated.info.run_id)
+    tags = {PARENT_TAG: parent.info.run_id, PART_TAG: part}
+    return client.create_run(experiment, run_name=part, tags=tags)
 
 
 def child_runs(client: "MlflowClient", parent: "Run") -> dict[str, "Run"]:
@@ -132,87 +128,74 @@ def child_runs(client: "MlflowClient", parent: "Run") -> dict[str, "Run"]:
     return {run.data.tags[PART_TAG]: run for run in runs if PART_TAG in run.data.tags}
 
 
-def create_child(client: "MlflowClient", parent: "Run", part: str) -> "Run":
-    """A new, empty child run for a part."""
-    tags = {PARENT_TAG: parent.info.run_id, PART_TAG: part}
-    return client.create_run(parent.info.experiment_id, run_name=part, tags=tags)
-
-
-def log_points(client: "MlflowClient", run: "Run", points: Sequence[MetricPoint]) -> None:
+def log_points(client: "MlflowClient", run_id: str, points: Sequence[MetricPoint]) -> None:
     """Log points in batches of the size that MLflow accepts. Raises MlflowException."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     metrics = [Metric(point.metric, point.value, now, point.step) for point in points]
     for start in range(0, len(metrics), _METRICS_PER_BATCH):
-        client.log_batch(run.info.run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_BATCH])
 
 
-def _experiment_id(client: "MlflowClient", store: TrackingStore) -> str:
-    """The MLflow experiment that all runs belong to, created if there is none."""
-    from mlflow.store.db.db_types import DATABASE_ENGINES
+def _runs_with_key(client: "MlflowClient", experiment: str, key: str) -> Sequence["Run"]:
+    return client.search_runs([experiment], f"tags.`{EXPERIMENT_KEY_TAG}` = '{key}'")
 
-    experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
-    if experiment is None:
-        is_database = store.uri.split(":")[0].split("+")[0] in DATABASE_ENGINES
-        location = store.artifacts.as_uri() if is_database else None
-        return client.create_experiment(EXPERIMENT_NAME, artifact_location=location)
-    if experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment '{EXPERIMENT_NAME}' was deleted; restore it with: mlflow"
-            f" experiments restore --experiment-id {experiment.experiment_id}"
+
+def _create_run(
+    client: "MlflowClient", experiment: str, name: str, record: RunRecord, tags: Mapping[str, str]
+) -> str:
+    """The id of a new run; long tags are shortened."""
+    shortened = {key: _shortened(value, MAX_TAG_CHARACTERS) for key, value in tags.items()}
+    run = client.create_run(
+        experiment, run_name=name, tags=shortened, start_time=_milliseconds(record.started)
+    )
+    return run.info.run_id
+
+
+def _log_run(client: "MlflowClient", run_id: str, record: RunRecord) -> None:
+    """Params, points and data sets. Long params are shortened: params.yaml is an artifact."""
+    from mlflow.entities import Dataset, DatasetInput, Param
+
+    params = [Param(k, _shortened(v, MAX_PARAM_CHARACTERS)) for k, v in record.params.items()]
+    for start in range(0, len(params), _PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_PER_BATCH])
+    log_points(client, run_id, record.points)
+    datasets = [
+        Dataset(
+            name=path,
+            digest=digest[:MAX_DIGEST_CHARACTERS],
+            source_type="local",
+            source=json.dumps({"uri": path}),
         )
-    return experiment.experiment_id
+        for path, digest in record.inputs
+    ]
+    if datasets:
+        client.log_inputs(run_id, [DatasetInput(dataset=dataset) for dataset in datasets])
 
 
-def _log_params(client: "MlflowClient", run: "Run", params: Mapping[str, str]) -> None:
-    """Log params; long values are shortened, because params.yaml itself is logged as a file."""
-    from mlflow.entities import Param
-
-    logged = [Param(key, _shortened(value)) for key, value in params.items()]
-    for start in range(0, len(logged), _PARAMS_PER_BATCH):
-        client.log_batch(run.info.run_id, params=logged[start : start + _PARAMS_PER_BATCH])
+def _shortened(value: str, limit: int) -> str:
+    return value if len(value) <= limit else value[: limit - 1] + "…"
 
 
-def _shortened(value: str) -> str:
-    if len(value) <= MAX_PARAM_CHARACTERS:
-        return value
-    return value[: MAX_PARAM_CHARACTERS - 1] + "…"
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)
 
 
-def _update_points(client: "MlflowClient", run: "Run", points: Sequence[MetricPoint]) -> None:
-    """Log the points whose last logged value differs."""
-    content = _digest(points)
-    if run.data.tags.get(CONTENT_TAG) == content:
-        return
-    logged = {
-        (metric.key, metric.step): metric.value
-        for key in sorted(run.data.metrics)
-        for metric in sorted(
-            client.get_metric_history(run.info.run_id, key), key=lambda metric: metric.timestamp
-        )
+def _experiment_key(identity: Mapping[str, str]) -> str:
+    name = os.environ.get("DVC_EXP_NAME")
+    return _digest(["named", name] if name else ["workspace", _digest(identity)])
+
+
+def _content(record: ExperimentRecord) -> str:
+    """A digest of what an experiment's runs hold, times and tags (commit, machine) aside."""
+    runs = {"": record.run, **record.parts}
+    numbers = {
+        part: [asdict(run)[key] for key in ("params", "points", "inputs")]
+        for part, run in runs.items()
     }
-    changed = [point for point in points if logged.get((point.metric, point.step)) != point.value]
-    log_points(client, run, changed)
-    client.set_tag(run.info.run_id, CONTENT_TAG, content)
-
-
-def _update_children(
-    client: "MlflowClient", parent: "Run", parts: Mapping[str, Sequence[MetricPoint]]
-) -> None:
-    """A child run for each part that has points; that of a part without points is deleted."""
-    contents = {part: _digest(points) for part, points in parts.items() if points}
-    unchanged: set[str] = set()
-    for part, run in child_runs(client, parent).items():
-        if part in contents and run.data.tags.get(CONTENT_TAG) == contents[part]:
-            unchanged.add(part)
-        else:
-            client.delete_run(run.info.run_id)
-    for part in [part for part in contents if part not in unchanged]:
-        run = create_child(client, parent, part)
-        log_points(client, run, parts[part])
-        client.set_terminated(run.info.run_id)
-        client.set_tag(run.info.run_id, CONTENT_TAG, contents[part])
+    files = {path.name: hash_path(path) for path, _ in record.artifacts if path.exists()}
+    return _digest([record.name, record.identity, numbers, record.description, files])
 
 
 def _digest(facts: Any) -> str:

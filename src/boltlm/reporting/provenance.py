@@ -1,39 +1,23 @@
-"""Where the numbers come from: stages with the hashes in dvc.lock, cost and time, versions."""
+"""Where the numbers come from: metrics that dvc.lock knows, cost and time, versions."""
 
 import hashlib
 import os
 import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 
+from boltlm.reporting.experiment_identity import git_commit
 from boltlm.reporting.html_config import HtmlReportSettings
+from boltlm.reporting.lockfile import LockedStage
 from boltlm.reporting.results import Metrics, Results
 from boltlm.reporting.summary import read_numbers, used_teachers
 
 PACKAGES = ("boltlm", "torch", "transformers", "tokenizers", "lm-eval", "vllm", "dvc", "mlflow")
-
-
-class LockedFile(NamedTuple):
-    """An output as dvc.lock has it; `size` in bytes."""
-
-    path: str
-    md5: str
-    size: int
-
-
-class LockedStage(NamedTuple):
-    """A stage, the stages whose outputs it reads, and its outputs."""
-
-    name: str
-    parents: tuple[str, ...]
-    outputs: tuple[LockedFile, ...]
 
 
 class StageCost(NamedTuple):
@@ -44,53 +28,6 @@ class StageCost(NamedTuple):
     flops: str
     tokens: str
     usd: str
-
-
-def locked_stages(settings: HtmlReportSettings, lock: Path) -> list[LockedStage]:
-    """The stages of this experiment in dvc.lock, each after those that it reads; none where there
-    is no such file. Stages that another preset left in the file are not among them."""
-    if not lock.is_file():
-        return []
-    content: Any = yaml.safe_load(lock.read_text(encoding="utf-8"))
-    stages: dict[str, Any] = content.get("stages") or {}
-    makers = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
-    kinds = {
-        "train": settings.models,
-        "latents": settings.latents,
-        "evaluate": settings.models,
-        "curves": settings.curves,
-        "finetune": settings.finetune_runs,
-    }
-    wanted = ["split", *(f"{kind}@{name}" for kind, names in kinds.items() for name in names)]
-    ordered: dict[str, LockedStage] = {}
-    for name in (*wanted, "evaluate_base"):
-        _visit(name, stages, makers, ordered)
-    return list(ordered.values())
-
-
-def _visit(
-    name: str,
-    stages: Mapping[str, Any],
-    makers: Mapping[str, str],
-    ordered: dict[str, LockedStage],
-) -> None:
-    """Append a stage to `ordered`, after those that it reads."""
-    if name in ordered or name not in stages:
-        return
-    deps = [dep["path"] for dep in stages[name].get("deps", [])]
-    parents = sorted(
-        {maker for out, maker in makers.items() for dep in deps if _overlaps(out, dep)} - {name}
-    )
-    for parent in parents:
-        _visit(parent, stages, makers, ordered)
-    outs = stages[name].get("outs", [])
-    files = tuple(LockedFile(o["path"], o.get("md5", ""), o.get("size", 0)) for o in outs)
-    ordered[name] = LockedStage(name, tuple(parents), files)
-
-
-def _overlaps(one: str, other: str) -> bool:
-    """Whether two paths are the same, or one is inside the other."""
-    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
 
 
 def changed_metrics(stages: Sequence[LockedStage], root: Path) -> list[str]:
@@ -147,7 +84,7 @@ def _cost(
 
 def versions() -> dict[str, str]:
     """Software and hardware of the machine that writes the report."""
-    facts = {"git commit": _git_commit(), "Python": sys.version.split()[0]}
+    facts = {"git commit": git_commit(), "Python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             facts[package] = version(package)
@@ -157,18 +94,3 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["GPU"] = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     return facts
-
-
-def _git_commit() -> str:
-    """The commit, and whether tracked files differ from it; "unknown" outside a repository."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit}{' with changes' if changes else ''}"
-
-
-def _git(*arguments: str) -> str:
-    command = ("git", *arguments)
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

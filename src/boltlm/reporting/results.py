@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from boltlm.evaluation.curve_points import CurvePoint, read_curves
-from boltlm.reporting.arms import BASE_MODEL, Arm, ReportSettings, em_chain, experiment_arms
+from boltlm.reporting.arms import BASE_MODEL, Arm, ReportSettings, experiment_arms
 from boltlm.timing import read_timing, timing_path
 
 Metrics = Mapping[str, float]
@@ -122,23 +122,6 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
         },
         timings={} if timings is None else _read_timings(timings, curve_paths, latents_paths),
     )
-
-
-def experiment_points(results: Results) -> list[MetricPoint]:
-    """The metrics of the chain's models with the iteration as step, those of every model as
-    `<model>/<metric>`, and those of every fine-tuning run as `finetune/<run>/<metric>`."""
-    chain = [
-        MetricPoint(metric, value, arm.iteration or 0)
-        for arm in em_chain(results.arms)
-        for metric, value in results.evaluation[arm.name].items()
-    ]
-    named = dict(results.evaluation)
-    named |= {f"finetune/{run}": metrics for run, metrics in results.finetuning.items()}
-    return chain + [
-        MetricPoint(f"{name}/{metric}", value, 0)
-        for name, metrics in named.items()
-        for metric, value in metrics.items()
-    ]
 
 
 def run_points(results: Results) -> dict[str, list[MetricPoint]]:
