@@ -84,6 +84,7 @@ def stage_settings() -> dict[str, Any]:
     from boltlm.evaluation.finetune_config import FinetuneSettings
     from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.html_config import HtmlReportSettings
+    from boltlm.reporting.seed_tables import SeedsSettings
     from boltlm.teachers.config import TeacherSettings
     from boltlm.training.base import BaseSettings
     from boltlm.training.config import TrainSettings
@@ -98,6 +99,7 @@ def stage_settings() -> dict[str, Any]:
         "evaluate_base": BaseEvaluateSettings,
         "curves": CurveSettings,
         "finetune": FinetuneSettings,
+        "seeds": SeedsSettings,
         "figures": ReportSettings,
         "report": HtmlReportSettings,
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from boltlm.errors import UserError
 from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
@@ -95,6 +95,16 @@ def control_arms(arms: Sequence[Arm]) -> list[Arm]:
 def ordered_arms(arms: Sequence[Arm]) -> list[Arm]:
     """The chain, then the models outside it."""
     return [*em_chain(arms), *control_arms(arms)]
+
+
+def training_of(entries: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """The first of the `entries` of models that differs from the entry `name` by its seed alone."""
+
+    def without_seed(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key != "seed"}
+
+    own = without_seed(entries[name])
+    return next(other for other in entries if without_seed(entries[other]) == own)
 
 
 def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
