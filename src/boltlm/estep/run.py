@@ -1,5 +1,6 @@
 """The E-step over a corpus: the stage `latents`, which writes `data/latents/<name>`."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from boltlm import checkpoint
 from boltlm.corpus.reference_latents import shard_reference_latents
 from boltlm.estep.config import DrawSettings, EStepOptions, EStepSettings
 from boltlm.estep.contexts import Throughput, chunks_in_context, forward_tokens
-from boltlm.estep.diagnostics import WeightDiagnostics
+from boltlm.estep.diagnostics import UNUSABLE_FRACTION, WeightDiagnostics
 from boltlm.estep.executors import execute_shards
 from boltlm.estep.shard_worker import ShardTask, context_token_budget, group_by_chunk
 from boltlm.estep.smc import smc_forward_tokens
@@ -63,6 +64,14 @@ def run_estep(
         diagnostics.add(groups, shard_reference_latents(split / path.name, path))
     _write_histogram(histogram_path, diagnostics)
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
+    if (cut := metrics["forced_fraction"]) > UNUSABLE_FRACTION:
+        print(
+            f"WARNING: latents {settings.name}: {cut:.0%} of the draws did not end within"
+            f" max_latent_tokens ({settings.max_latent_tokens}) and were cut. A model that is"
+            " trained on them learns from cut-off text; train the model that draws them for longer,"
+            " or raise max_latent_tokens.",
+            file=sys.stderr,
+        )
     metrics["forward_tokens"] = forwarded
     if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
         metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
