@@ -7,7 +7,7 @@ from boltlm.reporting.arms import Arm
 from boltlm.reporting.experiment import PAPER_TABLE_1, Experiment
 from boltlm.reporting.iterations import References, draw_by_number, draw_models, use_log2_axis
 from boltlm.reporting.metric_names import TASK_LABELS
-from boltlm.reporting.plotting import Plot, SkippedPlot
+from boltlm.reporting.plotting import Plot, SkippedPlot, line_styles
 from boltlm.reporting.quantities import (
     Quantity,
     Value,
@@ -37,6 +37,7 @@ def draw_finetuned(e: Experiment) -> Drawn:
             value = Value(metrics[name], max(errors), int(metrics.get("seeds", 1)), name, False)
             panels[panel] = {"fine-tuned": of_metric(name)}
             values[panel, "fine-tuned", e.results.finetune_models[run]] = value
+    panels = {task: panels[task] for task in TASK_LABELS.values() if task in panels}
     return draw_models(panels, arms=e.arms, values=values)
 
 
@@ -95,7 +96,9 @@ def draw_bounds(e: Experiment) -> Drawn:
     if len(sizes) < 2 or not families:
         return SkippedPlot("no model of an EM chain has bounds of several K (evaluate.k_samples)")
     label = "K: draws for the bound of each chunk"
-    plot = draw_by_number([likelihood()], families, label)
+    all_styles = line_styles(e.results.arms)
+    styles = [all_styles[name.partition(":")[0]] for name in families]
+    plot = draw_by_number([likelihood()], families, label, styles)
     for axes in plot.figure.axes:
         use_log2_axis(axes, sizes)
     return plot
@@ -163,8 +166,10 @@ def draw_table_1(e: Experiment) -> Drawn:
 
 
 def draw_prompts(e: Experiment) -> Drawn:
-    if not accuracies(e.results, "synthetic"):
-        return SkippedPlot("no task was asked with the prompt set `synthetic` (evaluate.tasks)")
+    known = [accuracies(e.results, prompts) for prompts in ("standard", "synthetic")]
+    one, other = ({q.label.partition(",")[0] for q in found} for found in known)
+    if not one & other:
+        return SkippedPlot("no task was asked with both prompt sets (evaluate.tasks)")
     return _models(
         e,
         {

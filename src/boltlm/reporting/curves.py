@@ -35,7 +35,7 @@ from boltlm.reporting.results import Metrics, Results
 TOKEN_LABELS = {"tokens": "training tokens", "raw_tokens": "raw tokens seen"}
 SHOWN = {"exact": "each snapshot", "best": "best so far"}
 TAIL_FRACTION = 0.001  # of the weights, cut off by the axis at each end
-MAX_BINS = 60  # of the histogram of log w in a figure
+MAX_BINS = 80  # of the histogram of log w in a figure
 BEST_VALIDATION: Mapping[str, Callable[..., Any]] = {
     "val_elbo": np.maximum.accumulate,
     "val_nll": np.minimum.accumulate,
@@ -70,11 +70,8 @@ def draw_curves(
                     rows += _curve(axes, arm, curve, quantity, x, shown, styles[arm.name])
             for arm in arms:
                 _join_parent(axes, curves, arm, x, shown, quantity.direction)
-            if row == 0:
-                axes.set_title(quantity.label)
             axes.margins(x=0.03)
-            value_axis(axes, quantity)
-            axes.set_ylabel(f"{axes.get_ylabel().splitlines()[-1]}, {SHOWN[shown]}")
+            value_axis(axes, quantity, f", {SHOWN[shown]}")
             token_axis(axes, TOKEN_LABELS[x])
     add_legend(figure, list(axes_RC.flat), [legend_label(arm) for arm in arms])
     return Plot(figure, rows)
@@ -171,6 +168,8 @@ def plot_training(results: Results) -> Plot | SkippedPlot:
             label = legend_label(arms[name]) if name in models else f"{name}: parent of the others"
             style = styles[name]
             axes.plot(tokens, loss, color=style.color, linestyle=style.dashes, lw=1.3, label=label)
+        late = [line["loss"] for name in group for line in _without_start(curves[name])]
+        axes.set_ylim(top=max(late) + 0.6 * (max(late) - min(late)))
         axes.set_ylabel("training loss, nats per token")
         token_axis(axes, TOKEN_LABELS["tokens"])
     add_legend(figure, columns, [legend_label(arm) for arm in arms.values()])
@@ -181,6 +180,11 @@ def plot_training(results: Results) -> Plot | SkippedPlot:
         for line in curves[name]
     ]
     return Plot(figure, rows)
+
+
+def _without_start(lines: Sequence[Metrics]) -> Sequence[Metrics]:
+    """A curve without its first tenth, in which the loss falls from far above."""
+    return lines[min(len(lines) // 10 + 1, len(lines) - 1) :]
 
 
 def plot_validation(results: Results) -> Plot | SkippedPlot:

@@ -195,7 +195,10 @@ FIGURES: tuple[FigureSpec, ...] = (
         "No errors are measured for these means over all chunks.",
     ),
     FigureSpec(
-        "training", "Training loss by training tokens.", lambda e: plot_training(e.results), ""
+        "training",
+        "Training loss by training tokens; the first steps may lie above the axis.",
+        lambda e: plot_training(e.results),
+        "",
     ),
     FigureSpec(
         "heldout",

@@ -33,7 +33,9 @@ RAW_ACCURACY = "questions/standard/raw/accuracy"
 CHAIN_LABEL = "EM chain, by iteration"
 PAPER_LABEL = "the paper's value"
 _MARKERS = "oDs^"
-REACH = 1.5  # how far, in ranges of the chain, another model may stretch an axis
+_SERIES_COLORS = (BLUE, "#d55e00", "#009e73", "#cc79a7")
+FAMILY_STYLES = tuple(LineStyle(color, "solid") for color in _SERIES_COLORS)
+REACH = 3  # how far, in ranges of the chain, another model may stretch an axis
 
 References = Mapping[tuple[str, str], float]  # the paper's values by model and by label of quantity
 
@@ -82,15 +84,15 @@ def draw_by_number(
     quantities: Sequence[Quantity],
     families: Mapping[str, Sequence[tuple[float, str, Value]]],
     label: str,
+    styles: Sequence[LineStyle] = FAMILY_STYLES,
 ) -> Plot:
     """Each quantity against a number; `families`: for each line, its points (the number, the label
-    of the quantity, the value)."""
+    of the quantity, the value), drawn in its style."""
     shown = [q for q in quantities if any(p[1] == q.label for f in families.values() for p in f)]
     figure, ((*columns,),) = panels(len(shown), height=2.8)
-    colors = (BLUE, "#d55e00", "#009e73", "#cc79a7")
     rows: PlotRows = []
     for axes, quantity in zip(columns, shown, strict=True):
-        for (family, points), color in zip(families.items(), colors, strict=False):
+        for (family, points), style in zip(families.items(), styles, strict=False):
             own = sorted((x, v) for x, name, v in points if name == quantity.label)
             xs, values = [x for x, _ in own], [v for _, v in own]
             draw_points(
@@ -98,7 +100,7 @@ def draw_by_number(
                 xs,
                 [value.value for value in values],
                 [value.error for value in values],
-                LineStyle(color, "solid"),
+                style,
                 label=family,
                 doubtful=[value.is_doubtful for value in values],
             )
@@ -137,7 +139,7 @@ def draw_models(
         for index, series in enumerate(quantities):
             offset = 0.16 * (len(quantities) - 1) / 2 - 0.16 * index
             own = [(a, v) for a in models if (v := values.get((panel, series, a.name)))]
-            style = LineStyle((BLUE, "#d55e00", "#009e73")[index % 3], "none")
+            style = LineStyle(_SERIES_COLORS[index], "none")
             axes.errorbar(
                 [v.value for _, v in own],
                 [places[a.name] + offset for a, _ in own],
@@ -154,7 +156,7 @@ def draw_models(
             xs, ys = zip(*marks, strict=True)
             axes.plot(xs, ys, "|", color=GREY, markersize=12, label=PAPER_LABEL, zorder=1)
         _model_axis(axes, models, panel, next(iter(quantities.values())), axes is columns[0])
-    add_legend(figure, columns, [])
+    add_legend(figure, columns, [*next(iter(panels_of.values())), PAPER_LABEL])
     return Plot(figure, rows)
 
 

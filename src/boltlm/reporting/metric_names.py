@@ -37,9 +37,9 @@ _MEANINGS = {
     "latent_tokens_mean": ("length of a latent", "tokens"),
     "masked_mass": ("masked probability", FRACTION),
     "forced_fraction": ("draws cut at the limit", FRACTION),
-    "exact_match": ("latents equal to the reference", FRACTION),
-    "numbers_match": ("latents with the reference's numbers", FRACTION),
-    "invalid_fraction": ("answers without an end of the thought", FRACTION),
+    "exact_match": ("latents like the reference", FRACTION),
+    "numbers_match": ("right numbers in a latent", FRACTION),
+    "invalid_fraction": ("answers without a thought's end", FRACTION),
     "lost_shots_fraction": ("prompts that lost shots", FRACTION),
 }
 
@@ -51,13 +51,6 @@ class MetricInfo(NamedTuple):
     label: str
     unit: str
     direction: int
-
-    @property
-    def axis_label(self) -> str:
-        """The label with the unit; fractions are drawn in percent."""
-        if self.unit == FRACTION:
-            return f"{self.label}, %"
-        return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
 def describe_metric(name: str) -> MetricInfo:

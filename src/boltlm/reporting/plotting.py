@@ -44,6 +44,7 @@ GREY = "#8c8c8c"
 _CONTROL_COLORS = ("#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9")
 _DASHES = ((0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 _SCALES = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+WIDE_INCHES, LEGEND_INCHES = 7.5, 3.2  # wider figures have the legend below; width of a column
 MIN_RELATIVE_SPAN = 0.02  # of an axis, to the size of its values: noise below it is not blown up
 
 PlotRows = list[dict[str, Any]]
@@ -82,7 +83,8 @@ def line_styles(arms: Sequence[Arm]) -> dict[str, LineStyle]:
         arm.name: LineStyle(to_hex(blue), "solid") for arm, blue in zip(chain, blues, strict=True)
     }
     others = [arm for arm in arms if arm.name not in styles and arm.training_of is None]
-    for index, arm in enumerate(others):
+    # Mixtures last: beside the methods that they are variants of they are drawn in few figures.
+    for index, arm in enumerate(sorted(others, key=lambda arm: arm.mix_raw > 0)):
         cycle, color = divmod(index, len(_CONTROL_COLORS))
         dashes = _DASHES[(color + cycle) % len(_DASHES)]
         styles[arm.name] = LineStyle(_CONTROL_COLORS[color], dashes)
@@ -137,15 +139,17 @@ def draw_band(
     axes.fill_between(x, np.array(y) - half, np.array(y) + half, color=color, alpha=0.16, lw=0)
 
 
-def value_axis(axes: Axes, quantity: Quantity) -> None:
-    """Label the y axis and set its range: percent from 0, others wide enough that differences below
-    MIN_RELATIVE_SPAN look small."""
-    axes.set_ylabel(quantity.axis_label)
+def value_axis(axes: Axes, quantity: Quantity, note: str = "") -> None:
+    """Title and y axis of a panel. Percent and counts begin at 0; other ranges are so wide that
+    differences below MIN_RELATIVE_SPAN look small."""
+    axes.set_title(quantity.label)
+    axes.set_ylabel(f"{quantity.axis_label}{note}")
     low, high = axes.get_ylim()
     if quantity.unit == FRACTION:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
-        high = max(high, 0.05)
-        axes.set_ylim(-0.03 * high, min(high, 1.04))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        high = min(1.04 * max(high, 0.05), 1.04)
+        axes.set_ylim(-0.03 * high, high)
         return
     if quantity.unit in ("draws", "tokens", "latents"):
         axes.set_ylim(0, 1.05 * high)
@@ -166,7 +170,8 @@ def token_axis(axes: Axes, label: str) -> None:
 
 
 def add_legend(figure: Figure, all_axes: Sequence[Axes], order: Sequence[str]) -> None:
-    """One legend for all panels, right of them, in the given order of labels."""
+    """One legend for all panels, in the given order of labels: right of one or two panels, else
+    below them. A single entry needs none."""
     entries = {
         label: handle
         for axes in all_axes
@@ -174,9 +179,14 @@ def add_legend(figure: Figure, all_axes: Sequence[Axes], order: Sequence[str]) -
     }
     labels = [label for label in dict.fromkeys(order) if label in entries]
     labels += [label for label in entries if label not in labels]
-    if labels:
-        handles = [entries[label] for label in labels]
+    handles = [entries[label] for label in labels]
+    width = figure.get_figwidth()
+    if len(labels) > 1 and width < WIDE_INCHES:
         figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif len(labels) > 1:
+        columns = int(width // LEGEND_INCHES)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+        figure.legend(handles, labels, ncols=columns, **place)
 
 
 def save_plot(out: Path, stem: str, plot: Plot | SkippedPlot) -> None:
@@ -188,9 +198,12 @@ def save_plot(out: Path, stem: str, plot: Plot | SkippedPlot) -> None:
             path.unlink(missing_ok=True)
         return
     with rc_context(dict(STYLE)):
-        tight = {"bbox_inches": "tight", "dpi": DPI}
-        plot.figure.savefig(paths["png"], metadata={"Software": None}, **tight)
-        plot.figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None}, **tight)
+        figure = plot.figure
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is made once, not for each file
+        box = {"bbox_inches": figure.get_tightbbox().padded(0.08), "dpi": DPI}
+        figure.savefig(paths["png"], metadata={"Software": None}, **box)
+        figure.savefig(paths["svg"], metadata={"Date": None, "Creator": None}, **box)
     with paths["csv"].open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(plot.rows[0]), lineterminator="\n")
         writer.writeheader()

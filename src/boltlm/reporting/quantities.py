@@ -21,8 +21,8 @@ SPACES = ("latent", "cot", "raw")  # in which the answer is looked for, the firs
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """`label` with `unit` names an axis; `direction`: as in `MetricInfo`; `metrics`: the first that
-    a model has is taken, with the sign."""
+    """`label` is the title of a panel, `axis_label` that of its axis; `direction`: as in
+    `MetricInfo`; `metrics`: the first that a model has is taken, with the sign."""
 
     label: str
     unit: str
@@ -31,7 +31,9 @@ class Quantity:
 
     @property
     def axis_label(self) -> str:
-        return f"{self.label}\n{'%' if self.unit == FRACTION else self.unit}"
+        """The unit; fractions are drawn in percent."""
+        is_accuracy = self.metrics[0][0].endswith("/accuracy")
+        return f"{'accuracy, ' * is_accuracy}%" if self.unit == FRACTION else self.unit
 
 
 class Value(NamedTuple):
@@ -75,7 +77,9 @@ def raw_likelihood(corpus: str = "") -> Quantity:
 def accuracy(task: str, prompts: str) -> Quantity:
     """The accuracy of a task with the prompt set."""
     metrics = tuple((f"{task}/{prompts}/{space}/accuracy", 1) for space in SPACES)
-    return Quantity(f"{TASK_LABELS.get(task, task)}, {prompts}", FRACTION, 1, metrics)
+    label = TASK_LABELS.get(task, task)
+    label += "" if task == "questions" else f", {prompts} prompts"
+    return Quantity(label, FRACTION, 1, metrics)
 
 
 def accuracies(results: Results, prompts: str) -> list[Quantity]:

@@ -153,23 +153,23 @@ def read_seed_rows(path: Path) -> list[SeedRow]:
 
 
 def write_means(path: Path, groups: Sequence[SeedGroup], baseline: str | None) -> None:
-    """The CSV in long form, a line for each metric of each group of at least two seeds. `low` and
-    `high` end the 95 % interval of the mean, `difference_low` and `difference_high` that of the
-    difference to the baseline, over `pairs` seeds. `seeds` are those that differ; `values` belong
-    to them in their order."""
+    """The CSV in long form, a line for each metric of each group that was collected or has several
+    trainings. `low` and `high` end the 95 % interval of the mean, `difference_low` and
+    `difference_high` that of the difference to the baseline, over `pairs` seeds. `seeds` are those
+    that differ; `values` belong to them in their order."""
     lines: list[dict[str, Any]] = []
     for group in groups:
         for metric in metric_names([group]):
             rows = [row for row in group.rows if metric in row.metrics]
-            if len(rows) < 2:
-                continue
+            if len(rows) < 2 and group.source == OWN:
+                continue  # it is in metrics/eval, with its error
             info, values = describe_metric(metric), values_of(rows, metric)
             gaps: list[float] = []
             if baseline not in (None, group.model) and info.direction:
                 gaps = paired_by_seed(group, baseline, groups, metric)
             line = {"source": group.source, "group": group.group, "model": group.model}
             line |= {"metric": metric, "unit": info.unit, "better": BETTER[info.direction]}
-            varying = _VARYING[group.over]
+            varying = _VARYING.get(group.over, 1)
             seeds = " ".join(str(row.seeds[varying]) for row in rows)
             line |= {"over": group.over, "seeds": seeds, "n": len(rows)}
             line |= _interval(("mean", "se", "low", "high"), values)
