@@ -19,10 +19,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from boltlm.params import load_settings
-    from boltlm.reporting.arms import ReportSettings
+    from boltlm.reporting.experiment import FigureSettings
     from boltlm.reporting.report import write_report  # imports matplotlib, which --help need not
 
-    settings = load_settings(ReportSettings, args.params)
+    settings = load_settings(FigureSettings, args.params)
     write_report(settings, metrics=args.metrics, out=args.out)
 
 

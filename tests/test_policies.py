@@ -82,8 +82,9 @@ def stage_settings() -> dict[str, Any]:
     from boltlm.estep.config import EStepSettings
     from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings, EvaluateSettings
     from boltlm.evaluation.finetune_config import FinetuneSettings
-    from boltlm.reporting.arms import ReportSettings
+    from boltlm.reporting.experiment import FigureSettings
     from boltlm.reporting.html_config import HtmlReportSettings
+    from boltlm.reporting.seed_tables import SeedsSettings
     from boltlm.teachers.config import TeacherSettings
     from boltlm.training.base import BaseSettings
     from boltlm.training.config import TrainSettings
@@ -98,7 +99,8 @@ def stage_settings() -> dict[str, Any]:
         "evaluate_base": BaseEvaluateSettings,
         "curves": CurveSettings,
         "finetune": FinetuneSettings,
-        "figures": ReportSettings,
+        "seeds": SeedsSettings,
+        "figures": FigureSettings,
         "summary": ReportSettings,
         "report": HtmlReportSettings,
     }

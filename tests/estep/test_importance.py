@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
-from boltlm.estep.diagnostics import WeightDiagnostics
+from boltlm.estep.diagnostics import MAX_HISTOGRAM_BINS, WeightDiagnostics
 from boltlm.estep.importance import iwae_bound, normalized_weights, select_latent
 from boltlm.records import Sample
 from tests import reference
@@ -172,3 +172,13 @@ def test_diagnostics_of_parts_add_up() -> None:
     assert merged.diagnostics() == pytest.approx(whole.diagnostics(), rel=1e-12)
     assert merged.exact_match_metrics() == whole.exact_match_metrics()
     assert merged.histogram() == whole.histogram()
+
+
+def test_the_bins_of_a_wide_histogram_are_wider_and_few() -> None:
+    """4000 nats in bins of 16: half a nat would be 8000 bins. No draw is lost."""
+    groups = [[sample(float(value))] for value in range(-4000, 0, 8)]
+    bins = WeightDiagnostics(groups).histogram()
+    assert len(bins) <= MAX_HISTOGRAM_BINS
+    assert {high - low for low, high, _ in bins} == {16.0}
+    assert sum(count for _, _, count in bins) == 500
+    assert bins[0] == (-4000.0, -3984.0, 2)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from boltlm.params import build_settings, load
-from boltlm.reporting.arms import ReportSettings
+from boltlm.reporting.experiment import FigureSettings
 from tests.tiny import ROOT, latents_entry
 
 CORPORA = ("some", "all", "em")
+COPIED = ("k_samples", "base", "corpus", "train", "model_defaults", "estep")  # from params.yaml
 
 
 def model(data: str, sequence_format: str = "latent", parent: str = "base") -> dict[str, Any]:
@@ -40,9 +41,9 @@ def report_params(
 ) -> dict[str, Any]:
     """Params of these models; `latents`: the model that sampled each entry of `latents`."""
     return {
-        "corpora": {name: {} for name in (*CORPORA, "heldout")},
+        "corpora": {name: {"documents": 1, "source": {}} for name in (*CORPORA, "heldout")},
         "teachers": {name: {"kind": "dataset", "corpus": name} for name in ("some", "all")},
-        **{key: load(ROOT / "params.yaml")[key] for key in ("train", "model_defaults", "estep")},
+        **{key: load(ROOT / "params.yaml")[key] for key in COPIED},
         "latents": {name: latents_entry(by) for name, by in latents.items()},
         "models": dict(models),
         "evaluate": load(ROOT / "params.yaml")["evaluate"],
@@ -51,8 +52,8 @@ def report_params(
     }
 
 
-def report_settings(params: Mapping[str, Any]) -> ReportSettings:
-    return build_settings(ReportSettings, params)
+def report_settings(params: Mapping[str, Any]) -> FigureSettings:
+    return build_settings(FigureSettings, params)
 
 
 def chain_params(chain: Sequence[str]) -> dict[str, Any]:

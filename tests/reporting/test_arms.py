@@ -6,7 +6,7 @@ import pytest
 
 from boltlm.errors import UserError
 from boltlm.params import load
-from boltlm.reporting.arms import em_chain, experiment_arms
+from boltlm.reporting.arms import em_chain, experiment_arms, is_continual
 from tests.reporting.experiment import chain_params, model, report_params, report_settings
 from tests.tiny import ROOT
 
@@ -82,3 +82,22 @@ def test_imported_latents_continue_the_chain() -> None:
     assert [arm.name for arm in em_chain(list(arms.values()))] == ["m0", "m1", "m2"]
     assert (arms["again"].role, arms["again"].description) == ("frozen", "latents by m0, imported")
     assert (arms["x"].role, arms["plain"].description) == ("teacher", "raw text")
+
+
+def test_trainings_k_variants_and_continual_chains_are_recognised() -> None:
+    """em1 with another K alone is a variant of it; with another budget too it is not."""
+    params = chain_params(LAPTOP[:3])
+    params["latents"]["wide"] = {**params["latents"]["fixed"], "k_samples": 16}
+    params["models"]["k16"] = {**params["models"]["em1"], "data": "latents/wide"}
+    longer = {"budget": {"kind": "epochs", "amount": 99}}
+    params["models"]["k16_longer"] = {**params["models"]["k16"], **longer}
+    params["models"]["em1_again"] = {**params["models"]["em1"], "seed": 7}
+    arms = experiment_arms(report_settings(params))
+    by_name = {arm.name: arm for arm in arms}
+    ks = {name: arm.k_samples for name, arm in by_name.items() if arm.k_samples}
+    assert ks == {"em1": 4, "frozen_em": 4, "k16": 16, "em1_again": 4}
+    assert [name for name, arm in by_name.items() if arm.training_of == "em1"] == ["em1_again"]
+    assert not is_continual(arms)
+    for earlier, later in (("warmstart", "em1"), ("em1", "em2")):
+        params["models"][later]["parent"] = earlier
+    assert is_continual(experiment_arms(report_settings(params)))

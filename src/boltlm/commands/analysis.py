@@ -7,7 +7,7 @@ from pathlib import Path
 
 from boltlm.commands.parser import Commands, add_command
 from boltlm.errors import UserError
-from boltlm.params import PositiveInt, load_settings
+from boltlm.params import PositiveInt, load, load_settings
 
 COMPARE_EXAMPLE = """\
 examples:
@@ -24,9 +24,10 @@ example:
   dvc exp run --queue -S data_seed=2 -S seed=2              # a full replicate
   dvc exp run --queue -S k_samples=1,8 evaluate@em1
   dvc queue start
-  boltlm seeds --out metrics/seeds.csv --differences em1-warmstart em2-em1
+  boltlm seeds --out metrics/collected/seeds.csv --differences em1-warmstart em2-em1
 
-An experiment is identified by its own params.yaml, not by its name."""
+An experiment is identified by the params that dvc.lock says it was made with, not by its name; the
+table has what differs by seeds alone as one group."""
 
 VERIFY_EXAMPLE = """\
 example:
@@ -109,32 +110,37 @@ def _add_seeds(commands: Commands) -> None:
         help="copies of the repository, one for each seed, to read instead of DVC's experiments",
     )
     parser.add_argument(
-        "--of-other-k",
-        nargs="*",
-        default=["em1"],
-        metavar="MODEL",
-        help="models to report of experiments whose k_samples differs from that of --params",
-    )
-    parser.add_argument(
         "--differences",
         nargs="*",
         default=[],
         metavar="MODEL-MODEL",
-        help="pairs whose bounds are compared seed by seed, such as em1-warmstart",
+        help="pairs that are compared seed by seed, such as em1-warmstart (default: every model"
+        " with seeds.baseline of --params)",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="PATTERN",
+        help="names of metrics, with * (default: seeds.metrics of --params)",
     )
 
 
 def _seeds(args: argparse.Namespace) -> None:
-    from boltlm.reporting import seed_aggregation
+    from boltlm.reporting import seed_aggregation, seed_tables
+    from boltlm.reporting.seed_rows import collect_rows
 
-    k_samples = load_settings(KSamplesSettings, args.params).k_samples
-    rows = seed_aggregation.collect_seeds(k_samples, args.of_other_k, args.folders)
-    seed_aggregation.write_seed_csv(args.out, rows)
+    config = load_settings(seed_tables.CollectSettings, args.params).seeds
+    patterns = args.metrics or config.metrics
+    rows, left_out = collect_rows(load(args.params), patterns, args.folders)
+    groups = seed_aggregation.seed_groups(args.out.stem, rows)
+    pairs = seed_aggregation.parse_pairs(groups, args.differences)
+    seed_tables.write_seed_rows(args.out, rows)
+    for reason in left_out:
+        print(f"left out: {reason}")
     print(f"{seed_aggregation.INTERVAL_NOTE}\n")
-    print(seed_aggregation.seed_table(rows))
-    if args.differences:
-        print()
-        print(seed_aggregation.paired_table(rows, k_samples, args.differences))
+    print(seed_aggregation.seed_table(groups))
+    if pairs := pairs or seed_aggregation.pairs_with(groups, config.baseline):
+        print(f"\n{seed_aggregation.paired_table(groups, pairs)}")
 
 
 def _add_verify_weights(commands: Commands) -> None:

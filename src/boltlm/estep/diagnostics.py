@@ -14,7 +14,9 @@ import numpy as np
 from boltlm.estep.importance import effective_sample_size, iwae_bound, normalized_weights
 from boltlm.records import Sample
 
-HISTOGRAM_BIN = 0.5  # bin width of the histogram of log w, nats
+HISTOGRAM_BIN = 0.5  # least bin width of the histogram of log w, nats
+MAX_HISTOGRAM_BINS = 400  # bins are twice as wide until there are no more
+UNUSABLE_FRACTION = 0.5  # of draws that are cut at the limit; above it, latents are unusable
 OWN_PROPOSAL = ("proposal", "particle")  # sources of the draws from the present model's q′
 EARLIER = ("previous", "retained")  # sources of the latents that are reused
 NUMBER = re.compile(r"\d+")
@@ -163,15 +165,18 @@ class WeightDiagnostics:
         return metrics
 
     def histogram(self) -> list[tuple[float, float, int]]:
-        """(lower edge, upper edge, count) of log w, in adjacent bins of HISTOGRAM_BIN
-        nats whose edges are multiples of the bin width."""
+        """(lower edge, upper edge, count) of log w, in at most MAX_HISTOGRAM_BINS adjacent bins
+        whose edges are multiples of the bin width: HISTOGRAM_BIN nats times a power of 2."""
         if not self.bin_counts:
             return []
-        indices = range(min(self.bin_counts), max(self.bin_counts) + 1)
-        return [
-            (HISTOGRAM_BIN * index, HISTOGRAM_BIN * (index + 1), self.bin_counts[index])
-            for index in indices
-        ]
+        counts, width = self.bin_counts, HISTOGRAM_BIN
+        while max(counts) - min(counts) >= MAX_HISTOGRAM_BINS:
+            wider: Counter[int] = Counter()
+            for index, count in counts.items():
+                wider[index // 2] += count
+            counts, width = wider, 2 * width
+        indices = range(min(counts), max(counts) + 1)
+        return [(width * index, width * (index + 1), counts[index]) for index in indices]
 
 
 def _ratio(total: float, count: int) -> float:

@@ -9,16 +9,13 @@ from pathlib import Path
 from boltlm import checkpoint
 from boltlm.estep.config import DrawSettings, EStepOptions, EStepSettings
 from boltlm.estep.contexts import Throughput
-from boltlm.estep.diagnostics import WeightDiagnostics
+from boltlm.estep.diagnostics import UNUSABLE_FRACTION, WeightDiagnostics
 from boltlm.estep.executors import execute_shards
 from boltlm.estep.shard_summary import ShardSummary, summarize_shard
 from boltlm.estep.shard_worker import ShardTask
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
 from boltlm.records import shard_paths
 from boltlm.shard_store import run_shards
-
-# Of the draws; above it most latents are cut off and not thoughts.
-MAX_FORCED_FRACTION = 0.5
 
 
 def run_estep(
@@ -69,7 +66,7 @@ def run_estep(
 
 
 def _warn_of_forced_draws(settings: EStepSettings, forced_fraction: float) -> None:
-    if forced_fraction > MAX_FORCED_FRACTION:
+    if forced_fraction > UNUSABLE_FRACTION:
         print(
             f"warning: latents.{settings.name}: {forced_fraction:.0%} of the latents were cut at"
             f" max_latent_tokens ({settings.max_latent_tokens}), so most are no complete thoughts;"

@@ -1,14 +1,15 @@
 """The part of each model in the experiment: the EM chain, its controls and the baselines."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from boltlm.errors import UserError
 from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
 from boltlm.evaluation.config import CurveEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
-from boltlm.params import from_key
+from boltlm.params import PositiveInt, from_key
 from boltlm.teachers.config import AnyTeacher, ImportTeacherConfig
 from boltlm.training.config import CompletedModelEntry
 
@@ -26,6 +27,7 @@ class ReportSettings:
     models: Mapping[str, CompletedModelEntry]
     curves: Mapping[str, CurveEntry]
     finetune_runs: Mapping[str, FinetuneRun] = from_key("finetune.runs")
+    k_samples: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,10 @@ class Arm:
     latents: str | None
     generator: str | None
     note: str = ""
+    training_of: str | None = None
+    parent: str | None = None
+    mix_raw: float = 0
+    k_samples: int | None = None
 
     @property
     def description(self) -> str:
@@ -59,6 +65,8 @@ class Arm:
             return f"iteration {self.iteration}"
         if self.role in ("base", "raw"):
             return "base model" if self.role == "base" else f"raw text{self.note}"
+        if self.format == "paraphrase":
+            return f"paraphrases{self.note}"
         source = "teacher latents" if self.generator is None else f"latents by {self.generator}"
         source += self.note
         return source if self.format == "latent" else f"{self.format}, {source}"
@@ -92,9 +100,26 @@ def control_arms(arms: Sequence[Arm]) -> list[Arm]:
     return [arm for arm in arms if arm.iteration is None]
 
 
+def is_continual(arms: Sequence[Arm]) -> bool:
+    """Whether the iterations of the chain go on from each other's weights."""
+    chain = em_chain(arms)
+    pairs = list(itertools.pairwise(chain))
+    return bool(pairs) and all(later.parent == earlier.name for earlier, later in pairs)
+
+
 def ordered_arms(arms: Sequence[Arm]) -> list[Arm]:
     """The chain, then the models outside it."""
     return [*em_chain(arms), *control_arms(arms)]
+
+
+def training_of(entries: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """The first of the `entries` of models that differs from the entry `name` by its seed alone."""
+
+    def without_seed(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key != "seed"}
+
+    own = without_seed(entries[name])
+    return next(other for other in entries if without_seed(entries[other]) == own)
 
 
 def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
@@ -109,6 +134,8 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
         role = "frozen"
     elif sequence_format == "latent" and latents is None:
         role = "teacher"
+    entries = {other: asdict(entry) for other, entry in settings.models.items()}
+    first = training_of(entries, name)
     return Arm(
         name=name,
         role=role,
@@ -117,7 +144,23 @@ def _arm(settings: ReportSettings, name: str, chain: Sequence[str]) -> Arm:
         latents=latents,
         generator=generator,
         note=_note(settings, name, latents, generator),
+        training_of=None if first == name else first,
+        parent=settings.models[name].parent,
+        mix_raw=settings.models[name].mix_raw,
+        k_samples=_k_variant(settings, name, chain),
     )
+
+
+def _k_variant(settings: ReportSettings, name: str, chain: Sequence[str]) -> int | None:
+    """The K of M_1, or of a model that differs from it by the K of its latents alone."""
+    sources = [settings.models[model].data.partition("/") for model in (name, *chain[1:2])]
+    if len(sources) < 2 or any(folder != "latents" for folder, _, _ in sources):
+        return None
+    own, first = (settings.latents[entry] for _, _, entry in sources)
+    model, m_1 = settings.models[name], settings.models[chain[1]]
+    is_variant = replace(own, k_samples=first.k_samples) == first
+    is_variant = is_variant and replace(model, data=m_1.data, seed=m_1.seed) == m_1
+    return (own.k_samples or settings.k_samples) if is_variant else None
 
 
 def _note(settings: ReportSettings, name: str, latents: str | None, generator: str | None) -> str:
@@ -132,6 +175,8 @@ def _note(settings: ReportSettings, name: str, latents: str | None, generator: s
         ]
     elif generator is not None:
         parts.append("imported")
+    if mix := settings.models[name].mix_raw:
+        parts.append(f"{mix:.0%} raw")
     if (seed := settings.models[name].seed) is not None:
         parts.append(f"seed {seed}")
     return "".join(f", {part}" for part in parts)

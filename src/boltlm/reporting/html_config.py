@@ -24,7 +24,6 @@ class HtmlReportSettings(ReportSettings):
     """Settings of the stage `report` and of `boltlm browse`."""
 
     seed: NonNegativeInt
-    k_samples: PositiveInt
     context_chunks: NonNegativeInt
     max_latent_tokens: PositiveInt
     sampling: SamplingConfig

@@ -1,228 +1,256 @@
-"""Metrics by iteration t of the EM chain; the controls are horizontal lines."""
+"""Figures of final models: by iteration of the EM chain, by a number that models differ in (K, the
+share of raw text), model by model, and over seeds."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from boltlm.reporting.arms import Arm, control_arms, em_chain
+from boltlm.reporting.arms import Arm, em_chain
+from boltlm.reporting.curves import legend_label
+from boltlm.reporting.metric_names import FRACTION
 from boltlm.reporting.plotting import (
     BLUE,
-    LineLabel,
+    GREY,
+    MIN_RELATIVE_SPAN,
+    LineStyle,
     Plot,
     PlotRows,
     SkippedPlot,
-    label_right,
+    add_legend,
+    draw_points,
     line_styles,
-    subplots,
+    panels,
+    value_axis,
 )
-from boltlm.reporting.results import Estimate, Results
+from boltlm.reporting.quantities import Quantity, Value, shown_arms, value_of_arm
+from boltlm.reporting.results import Results
 
 LATENT_ACCURACY = "questions/standard/latent/accuracy"
 COT_ACCURACY = "questions/standard/cot/accuracy"
 RAW_ACCURACY = "questions/standard/raw/accuracy"
-ORANGE = "#d55e00"
+CHAIN_LABEL = "EM chain, by iteration"
+PAPER_LABEL = "the paper's value"
+_MARKERS = "oDs^"
+_SERIES_COLORS = (BLUE, "#d55e00", "#009e73", "#cc79a7")
+FAMILY_STYLES = tuple(LineStyle(color, "solid") for color in _SERIES_COLORS)
+REACH = 3  # how far, in ranges of the chain, another model may stretch an axis
+
+References = Mapping[tuple[str, str], float]  # the paper's values by model and by label of quantity
 
 
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """One panel of a figure: its metrics with their labels in the legend."""
-
-    title: str
-    metrics: dict[str, str]
-    percent: bool
-
-
-def plot_elbo(results: Results) -> Plot | SkippedPlot:
-    """The bound per token (docs/method.md, eq. (7)) of each M_t and of each control; for controls
-    without a bound, on the same scale, the log-likelihood of the same chunks in the same contexts.
-    A dotted line shows the ceiling, where it is known.
-    """
-    if not _has(results, "elbo_per_token"):
-        return SkippedPlot("no model of an EM chain has elbo_per_token")
-    figure, ((axes,),) = subplots(5.6, 3.8)
-    rows = _chain_line(axes, results, "elbo_per_token", color=BLUE, dashes="solid")
-    labels: list[LineLabel] = []
-    for arm in control_arms(results.arms):
-        bound = results.estimate(arm.name, "elbo_per_token")
-        nll = results.estimate(arm.name, "nll_in_context_per_token")
-        if bound is not None:
-            rows.append(_row(arm, "elbo_per_token", bound))
-            labels.append(_control_line(axes, results, arm, bound))
-        elif nll is not None:
-            rows.append(_row(arm, "nll_in_context_per_token", nll))
-            likelihood = Estimate(value=-nll.value, se=nll.se)
-            labels.append(_control_line(axes, results, arm, likelihood, "−NLL"))
-    for ceiling in {metrics.get("ceiling_per_token") for metrics in results.evaluation.values()}:
-        if ceiling is not None:
-            axes.axhline(ceiling, color="black", linestyle="dotted", linewidth=1.2)
-            labels.append(LineLabel(ceiling, "ceiling: log p of the generator", "black"))
-    sizes = results.bound_sizes()
-    draws = f" (K = {sizes[-1]})" if sizes else ""
-    axes.set_ylabel(f"held-out ELBO{draws}, nats per token")
-    _iteration_axis(axes, results)
-    label_right(axes, labels)
-    return Plot(figure, rows)
-
-
-def plot_accuracy(results: Results) -> Plot | SkippedPlot:
-    """Accuracy on the held-out questions with a latent thought before the answer (solid) and
-    without one (dashed); of each control the first of these that it has: with a latent thought,
-    with a thought in plain text, without one."""
-    if not (_has(results, LATENT_ACCURACY) or _has(results, RAW_ACCURACY)):
-        return SkippedPlot("no model of an EM chain was evaluated on the held-out questions")
-    figure, ((axes,),) = subplots(5.6, 3.8)
-    spaces = (
-        (LATENT_ACCURACY, "solid", "with a latent thought"),
-        (RAW_ACCURACY, "dashed", "direct answer"),
-    )
-    rows: PlotRows = []
-    for metric, dashes, label in spaces:
-        rows += _chain_line(axes, results, metric, color=BLUE, dashes=dashes, label=label)
-    notes = {LATENT_ACCURACY: "with thought", COT_ACCURACY: "plain text", RAW_ACCURACY: "direct"}
-    labels: list[LineLabel] = []
-    for arm in control_arms(results.arms):
-        for metric, note in notes.items():
-            estimate = results.estimate(arm.name, metric)
-            if estimate is not None:
-                rows.append(_row(arm, metric, estimate))
-                labels.append(_control_line(axes, results, arm, estimate, note))
-                break
-    axes.set_ylabel("accuracy on held-out questions")
-    _percent_axis(axes)
-    _iteration_axis(axes, results)
-    label_right(axes, labels)
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
-    return Plot(figure, rows)
-
-
-def plot_elbo_terms(results: Results) -> Plot | SkippedPlot:
-    """The three terms whose sum is the bound for K = 1 (docs/method.md, eq. (8))."""
-    titles = {
-        "utility": "utility, E[log p(X | Z)]",
-        "simplicity": "simplicity, E[log p(Z)]",
-        "diversity": "diversity, E[−log q(Z)]",
-    }
-    if not any(_has(results, metric) for metric in titles):
-        return SkippedPlot("no model of an EM chain has utility, simplicity or diversity")
-    figure, ((*columns,),) = subplots(9.0, 2.7, 1, 3)
-    rows: PlotRows = []
-    for axes, (metric, title) in zip(columns, titles.items(), strict=True):
-        rows += _chain_line(axes, results, metric, color=BLUE, dashes="solid")
-        axes.set_title(title, fontsize="medium", loc="left")
-        _iteration_axis(axes, results, names=False)
-    columns[0].set_ylabel("nats per chunk")
-    figure.subplots_adjust(wspace=0.3)
-    return Plot(figure, rows)
-
-
-def plot_diagnostics(results: Results) -> Plot | SkippedPlot:
-    """The quality of the latents that each M_t samples for the held-out chunks. Panels without
-    numbers are omitted."""
-    sizes = results.bound_sizes()
-    draws = f" (K = {sizes[-1]})" if sizes else ""
-    numbers = {"numbers_match": "all draws", "numbers_match_selected": "selected draws"}
-    panels = [
-        _Panel("latents with the reference's numbers", numbers, percent=True),
-        _Panel("tokens per latent", {"latent_tokens_mean": ""}, percent=False),
-        _Panel(f"effective sample size{draws}", {"ess_mean": ""}, percent=False),
-        _Panel("distinct latents of a chunk", {"distinct_latents_mean": ""}, percent=False),
-        _Panel("masked probability", {"masked_mass": ""}, percent=True),
-    ]
-    panels = [panel for panel in panels if any(_has(results, name) for name in panel.metrics)]
-    if not panels:
-        return SkippedPlot("no model of an EM chain has diagnostics of its samples")
-    return _panel_plot(results, panels)
-
-
-def _panel_plot(results: Results, panels: list[_Panel]) -> Plot:
-    """The panels in two columns."""
-    rows: PlotRows = []
-    grid_rows = (len(panels) + 1) // 2
-    figure: Figure
-    figure, grid = subplots(7.2, 2.6 * grid_rows, grid_rows, 2)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        for (metric, label), color in zip(panel.metrics.items(), (BLUE, ORANGE), strict=False):
-            rows += _chain_line(axes, results, metric, color=color, dashes="solid", label=label)
-        if panel.percent:
-            _percent_axis(axes)
-        axes.set_title(panel.title, fontsize="medium", loc="left")
-        _iteration_axis(axes, results, names=False)
-        if len(panel.metrics) > 1:
-            axes.legend()
-    for axes in grid.flat[len(panels) :]:
+def draw_by_iteration(
+    results: Results,
+    quantities: Sequence[Quantity],
+    *,
+    columns: int = 3,
+    references: References | None = None,
+    levels: Mapping[str, float] | None = None,
+    controls: bool = True,
+) -> Plot | SkippedPlot:
+    """Each quantity by iteration t with error bars; the other models are horizontal lines with a
+    band, or named at the edge where they lie far outside. Quantities that no model of the chain has
+    are left out. `levels`: dotted lines with their labels."""
+    chain = em_chain(results.arms)
+    if not chain:
+        return SkippedPlot("the models form no EM chain")
+    shown = [q for q in quantities if any(value_of_arm(results, arm, q) for arm in chain)]
+    if not shown:
+        return SkippedPlot("no model of the EM chain has its metrics")
+    columns = min(columns, len(shown))
+    figure, grid = panels(columns, -(-len(shown) // columns), height=2.6)
+    others = [arm for arm in shown_arms(results) if arm.iteration is None and controls]
+    styles, rows = line_styles(results.arms), list[dict[str, Any]]()
+    for axes, quantity in zip(grid.flat, shown, strict=False):
+        rows += _chain(axes, results, chain, quantity, LineStyle(BLUE, "solid"))
+        values = {a: v for a in others if (v := value_of_arm(results, a, quantity))}
+        rows += [_row(arm, value) for arm, value in values.items()]
+        for arm, value in _within_reach(axes, values, quantity).items():
+            draw_level(axes, value, styles[arm.name], legend_label(arm))
+        for label, level in (levels or {}).items():
+            axes.axhline(level, color="black", linestyle="dotted", linewidth=1.2, label=label)
+        _references(axes, chain, quantity, references or {})
+        value_axis(axes, quantity)
+        iteration_axis(axes, len(chain))
+    for axes in grid.flat[len(shown) :]:
         axes.remove()
-    figure.subplots_adjust(wspace=0.25, hspace=0.5)
+    order = [CHAIN_LABEL, *map(legend_label, others)]
+    add_legend(figure, list(grid.flat[: len(shown)]), order)
     return Plot(figure, rows)
 
 
-def _has(results: Results, metric: str) -> bool:
-    return any(results.estimate(arm.name, metric) is not None for arm in em_chain(results.arms))
+def draw_by_number(
+    quantities: Sequence[Quantity],
+    families: Mapping[str, Sequence[tuple[float, str, Value]]],
+    label: str,
+    styles: Sequence[LineStyle] = FAMILY_STYLES,
+) -> Plot:
+    """Each quantity against a number; `families`: for each line, its points (the number, the label
+    of the quantity, the value), drawn in its style."""
+    shown = [q for q in quantities if any(p[1] == q.label for f in families.values() for p in f)]
+    figure, ((*columns,),) = panels(len(shown), height=2.8)
+    rows: PlotRows = []
+    for axes, quantity in zip(columns, shown, strict=True):
+        for (family, points), style in zip(families.items(), styles, strict=False):
+            own = sorted((x, v) for x, name, v in points if name == quantity.label)
+            xs, values = [x for x, _ in own], [v for _, v in own]
+            draw_points(
+                axes,
+                xs,
+                [value.value for value in values],
+                [value.error for value in values],
+                style,
+                label=family,
+                doubtful=[value.is_doubtful for value in values],
+            )
+            rows += [{"family": family, "x": x, **value_row(v)} for x, v in own]
+        value_axis(axes, quantity)
+        axes.set_xlabel(label)
+    add_legend(figure, columns, list(families))
+    return Plot(figure, rows)
 
 
-def _row(arm: Arm, metric: str, estimate: Estimate) -> dict[str, Any]:
+def use_log2_axis(axes: Axes, ticks: Sequence[float]) -> None:
+    """For numbers that double."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+
+
+def draw_models(
+    panels_of: Mapping[str, Mapping[str, Quantity]],
+    *,
+    arms: Sequence[Arm],
+    values: Mapping[tuple[str, str, str], Value],
+    references: References | None = None,
+) -> Plot | SkippedPlot:
+    """A row for each model, a panel for each task, and in it a marker for each series. `panels_of`:
+    by panel, the quantity of each series; `values`: by (panel, series, model)."""
+    models = [arm for arm in arms if any(key[2] == arm.name for key in values)]
+    if not models:
+        return SkippedPlot("no model has its metrics")
+    height = 0.9 + 0.32 * len(models)
+    figure, ((*columns,),) = panels(len(panels_of), height=height)
+    places = {arm.name: len(models) - 1 - index for index, arm in enumerate(models)}
+    rows: PlotRows = []
+    for axes, (panel, quantities) in zip(columns, panels_of.items(), strict=True):
+        for index, series in enumerate(quantities):
+            offset = 0.16 * (len(quantities) - 1) / 2 - 0.16 * index
+            own = [(a, v) for a in models if (v := values.get((panel, series, a.name)))]
+            style = LineStyle(_SERIES_COLORS[index], "none")
+            axes.errorbar(
+                [v.value for _, v in own],
+                [places[a.name] + offset for a, _ in own],
+                xerr=[v.error or 0.0 for _, v in own],
+                color=style.color,
+                marker=_MARKERS[index],
+                linestyle="none",
+                label=series,
+            )
+            rows += [{"panel": panel, "series": series, **_row(a, v)} for a, v in own]
+        known = {a.name: (references or {}).get((a.name, panel)) for a in models}
+        marks = [(value, places[name]) for name, value in known.items() if value is not None]
+        if marks:
+            xs, ys = zip(*marks, strict=True)
+            axes.plot(xs, ys, "|", color=GREY, markersize=12, label=PAPER_LABEL, zorder=1)
+        _model_axis(axes, models, panel, next(iter(quantities.values())), axes is columns[0])
+    add_legend(figure, columns, [*next(iter(panels_of.values())), PAPER_LABEL])
+    return Plot(figure, rows)
+
+
+def _model_axis(
+    axes: Axes, models: Sequence[Arm], panel: str, quantity: Quantity, is_first: bool
+) -> None:
+    axes.set_title(panel)
+    axes.set_yticks(range(len(models)), [a.name for a in models[::-1]] if is_first else [])
+    axes.set_ylim(-0.6, len(models) - 0.4)
+    if quantity.unit == FRACTION:
+        axes.set_xlim(left=-0.02 * max(axes.get_xlim()[1], 0.05))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.set_xlabel(f"accuracy, {'%' if quantity.unit == FRACTION else quantity.unit}")
+
+
+def _chain(
+    axes: Axes, results: Results, chain: Sequence[Arm], quantity: Quantity, style: LineStyle
+) -> PlotRows:
+    """Draw the chain; iterations without the quantity are left out, and the line connects their
+    neighbours."""
+    points = [(arm, v) for arm in chain if (v := value_of_arm(results, arm, quantity))]
+    draw_points(
+        axes,
+        [arm.iteration or 0 for arm, _ in points],
+        [value.value for _, value in points],
+        [value.error for _, value in points],
+        style,
+        label=CHAIN_LABEL,
+        doubtful=[value.is_doubtful for _, value in points],
+    )
+    return [_row(arm, value) for arm, value in points]
+
+
+def draw_level(axes: Axes, measured: Value, style: LineStyle, label: str) -> None:
+    """A horizontal line with a band of one error."""
+    line = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.2}
+    axes.axhline(measured.value, **line, label=label)
+    if measured.error:
+        low, high = measured.value - measured.error, measured.value + measured.error
+        axes.axhspan(low, high, color=style.color, alpha=0.12, linewidth=0)
+
+
+def iteration_axis(axes: Axes, count: int) -> None:
+    """Ticks at the iterations 0, 1, …"""
+    axes.set_xticks(range(count))
+    axes.set_xlim(-0.3, count - 0.7)
+    axes.set_xlabel("iteration")
+    axes.grid(visible=False, axis="x")
+
+
+def _within_reach(
+    axes: Axes, values: Mapping[Arm, Value], quantity: Quantity
+) -> Mapping[Arm, Value]:
+    """The values that do not stretch the axis beyond REACH times the range of the chain; the others
+    are written at its lower edge."""
+    low, high = axes.get_ylim()
+    reach = REACH * max(high - low, MIN_RELATIVE_SPAN * max(abs(low), abs(high)))
+    if quantity.unit == FRACTION:
+        return values
+    near = {a: v for a, v in values.items() if low - reach <= v.value <= high + reach}
+    far = [f"{a.name} {v.value:.3f}".replace("-", "−") for a, v in values.items() if a not in near]
+    if far:
+        note = f"outside: {', '.join(far)}"
+        axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7.5, color="#555555")
+    return near
+
+
+def _references(
+    axes: Axes, chain: Sequence[Arm], quantity: Quantity, references: References
+) -> None:
+    points = [
+        (arm.iteration or 0, value)
+        for arm in chain
+        if (value := references.get((arm.name, quantity.metrics[0][0]))) is not None
+    ]
+    if points:
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, "_", color=GREY, markersize=12, label=PAPER_LABEL, zorder=1)
+
+
+def _row(arm: Arm, value: Value) -> dict[str, Any]:
     return {
         "model": arm.name,
         "role": arm.role,
         "iteration": arm.iteration,
-        "metric": metric,
-        "value": estimate.value,
-        "se": estimate.se,
+        **value_row(value),
     }
 
 
-def _chain_line(
-    axes: Axes, results: Results, metric: str, *, color: str, dashes: str, label: str = ""
-) -> PlotRows:
-    """Draw a metric of the chain with its standard errors; iterations without it are left out, and
-    the line connects their neighbours."""
-    candidates = [(arm, results.estimate(arm.name, metric)) for arm in em_chain(results.arms)]
-    points = [(arm, estimate) for arm, estimate in candidates if estimate is not None]
-    if points:
-        errors = [estimate.se or 0.0 for _, estimate in points]
-        axes.errorbar(
-            [arm.iteration or 0 for arm, _ in points],
-            [estimate.value for _, estimate in points],
-            yerr=errors if any(errors) else None,
-            color=color,
-            marker="o",
-            linestyle=dashes,
-            label=label,
-        )
-    return [_row(arm, metric, estimate) for arm, estimate in points]
-
-
-def _control_line(
-    axes: Axes, results: Results, arm: Arm, estimate: Estimate, note: str = ""
-) -> LineLabel:
-    """Draw a control as a horizontal line with its standard error as a band; returns its label."""
-    style = line_styles(results.arms)[arm.name]
-    axes.axhline(estimate.value, color=style.color, linestyle=style.dashes, linewidth=1.2)
-    if estimate.se:
-        axes.axhspan(
-            estimate.value - estimate.se,
-            estimate.value + estimate.se,
-            color=style.color,
-            alpha=0.12,
-            linewidth=0,
-        )
-    description = f"{arm.description}, {note}" if note else arm.description
-    return LineLabel(estimate.value, f"{arm.name}: {description}", style.color)
-
-
-def _percent_axis(axes: Axes) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    top = axes.get_ylim()[1]
-    axes.set_ylim(-0.03 * top, top)  # from 0, with a margin so that a marker at 0 is not cut
-
-
-def _iteration_axis(axes: Axes, results: Results, *, names: bool = True) -> None:
-    """A tick for each iteration, with the name of its model below."""
-    chain = em_chain(results.arms)
-    ticks = [f"{arm.iteration}\n{arm.name}" if names else f"{arm.iteration}" for arm in chain]
-    axes.set_xticks(range(len(chain)), ticks)
-    axes.set_xlim(-0.3, len(chain) - 0.7)
-    axes.set_xlabel("iteration")
-    axes.grid(visible=False, axis="x")
+def value_row(value: Value) -> dict[str, Any]:
+    return {
+        "metric": value.metric,
+        "value": value.value,
+        "se": value.error,
+        "n": value.trainings,
+        "doubtful": value.is_doubtful,
+    }

@@ -1,33 +1,32 @@
 """All figures, and a report with the numbers: `metrics/` becomes `metrics/figures/`."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
 
-from boltlm.reporting import curves, iterations
-from boltlm.reporting.arms import ReportSettings, ordered_arms
+from boltlm.estep.diagnostics import UNUSABLE_FRACTION
+from boltlm.reporting.arms import ordered_arms
+from boltlm.reporting.experiment import Experiment, FigureSettings
+from boltlm.reporting.figures import FIGURES
+from boltlm.reporting.iterations import COT_ACCURACY, LATENT_ACCURACY, RAW_ACCURACY
 from boltlm.reporting.plotting import STYLE, Plot, SkippedPlot, save_plot
-from boltlm.reporting.results import Estimate, Metrics, Results, read_results
+from boltlm.reporting.results import (
+    DAGGER,
+    DOUBLE_DAGGER,
+    HIGH_FORCED,
+    Estimate,
+    Metrics,
+    Results,
+    read_results,
+)
 
 MISSING = "–"
-CAPTIONS = {
-    "elbo": "Held-out ELBO per token by iteration, mean ± standard error; horizontal lines are"
-    " controls.",
-    "accuracy": "Accuracy on held-out questions by iteration, mean ± standard error; horizontal"
-    " lines are controls.",
-    "parts": "Utility, simplicity and diversity on held-out chunks by iteration, mean ± standard"
-    " error.",
-    "diagnostics": "Latents that the model of each iteration samples for held-out chunks.",
-    "training": "Training loss, for each model on the tokens of its own sequence format.",
-    "heldout": "Held-out metrics during training: values as points, the best value so far as a"
-    " line.",
-    "snapshots": "Snapshots of the training (`curves`), by training tokens and by raw tokens seen:"
-    " values ± standard error as points, the best value so far as a line.",
-    "log_weight": "log w of the latents that each iteration is trained on; the outermost bins"
-    " include all values beyond them.",
-}  # by the stem of a figure's files
-
+ABOUT_DOUBTS = (
+    f"{DAGGER}: more than {HIGH_FORCED:.0%} of the draws behind the bound were cut at the limit, so"
+    f" it says little; {DOUBLE_DAGGER}: a single cluster, which gives no error"
+)
 ABOUT_MODELS = (
     "ELBO: importance-weighted bound with the largest of `evaluate.k_samples`; NLL in context:"
     " negative log-likelihood of the same chunks in the same contexts without a latent, in the"
@@ -48,27 +47,19 @@ ABOUT_FINETUNED = (
 )
 
 
-def write_report(settings: ReportSettings, *, metrics: Path, out: Path) -> None:
+def write_report(settings: FigureSettings, *, metrics: Path, out: Path) -> None:
     """Write every figure that has numbers, the CSV of each, and `report.md`, which also names the
     figures that were skipped and says why."""
     results = read_results(settings, metrics)
+    experiment = Experiment(settings, results)
     out.mkdir(parents=True, exist_ok=True)
-    functions: dict[str, Callable[[Results], Plot | SkippedPlot]] = {
-        "elbo": iterations.plot_elbo,
-        "accuracy": iterations.plot_accuracy,
-        "parts": iterations.plot_elbo_terms,
-        "diagnostics": iterations.plot_diagnostics,
-        "training": curves.plot_training,
-        "heldout": curves.plot_validation,
-        "log_weight": curves.plot_log_weight,
-    }
-    if settings.curves:
-        functions["snapshots"] = curves.plot_snapshots
     plots: dict[str, Plot | SkippedPlot] = {}
-    for stem, draw in functions.items():
+    for spec in FIGURES:
         with rc_context(dict(STYLE)):
-            plots[stem] = draw(results)
-        save_plot(out, stem, plots[stem])
+            plots[spec.stem] = spec.draw(experiment)
+        save_plot(out, spec.stem, plots[spec.stem])
+    for warning in unusable_latents(results):
+        print(f"WARNING: {warning}", file=sys.stderr)
     (out / "report.md").write_text(render_report(results, plots), encoding="utf-8")
 
 
@@ -81,9 +72,11 @@ def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> 
     blocks = [
         "# Results",
         f"{about_errors}{_cluster_counts(results)}.",
+        *(f"**Warning: {warning}**" for warning in unusable_latents(results)),
         "## Models",
         _models(results),
         ABOUT_MODELS,
+        *([f"{ABOUT_DOUBTS}."] if _has_doubts(results) else []),
     ]
     if sizes := results.bound_sizes():
         metrics = {f"K = {size}": f"elbo_per_token_k{size}" for size in sizes}
@@ -92,7 +85,7 @@ def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> 
         metrics = {f"K = {size}": f"subset/elbo_per_token_k{size}" for size in sizes}
         title = "### ELBO on the first documents (`evaluate.large_k`), nats per token"
         blocks += [title, _bounds(results, metrics)]
-    if subjects := results.subjects(iterations.LATENT_ACCURACY):
+    if subjects := results.subjects(LATENT_ACCURACY):
         metrics = {key.rpartition("/")[2]: key for key in subjects}
         blocks += ["### Accuracy with latent thought, by subject", _accuracies(results, metrics)]
     if tasks := results.tasks():
@@ -103,31 +96,51 @@ def render_report(results: Results, plots: Mapping[str, Plot | SkippedPlot]) -> 
     if results.diagnostics:
         blocks += ["## Latents", _latents(results), ABOUT_LATENTS]
     blocks.append("## Figures")
-    for stem, plot in plots.items():
-        if isinstance(plot, SkippedPlot):
-            blocks.append(f"`{stem}.png` is skipped: {plot.reason}.")
-        else:
-            caption = CAPTIONS[stem]
-            numbers = f"Numbers: [{stem}.csv]({stem}.csv)"
-            blocks.append(f"![{caption}]({stem}.png)\n\n{caption} {numbers}")
+    drawn = {stem: plot for stem, plot in plots.items() if isinstance(plot, Plot)}
+    for spec in FIGURES:
+        if plot := drawn.get(spec.stem):
+            caption = f"{spec.title} {spec.errors}".strip()
+            if any(row.get("doubtful") for row in plot.rows):
+                caption += f" Hollow markers: values in doubt ({ABOUT_DOUBTS})."
+            files = f"[{spec.stem}.svg]({spec.stem}.svg), [{spec.stem}.csv]({spec.stem}.csv)"
+            blocks.append(f"![{spec.title}]({spec.stem}.png)\n\n{caption} {files}")
+    skipped = [
+        f"- `{spec.stem}`, {spec.title.rstrip('.')}: {plot.reason}."
+        for spec in FIGURES
+        if isinstance(plot := plots[spec.stem], SkippedPlot)
+    ]
+    if skipped:
+        blocks += ["## Figures that are not drawn", "\n".join(skipped)]
     return "\n\n".join(blocks) + "\n"
+
+
+def unusable_latents(results: Results) -> list[str]:
+    """What to say of entries of latents most of whose draws do not end by themselves."""
+    return [
+        f"latents {name}: {metrics['forced_fraction']:.0%} of the draws did not end within"
+        " max_latent_tokens and were cut; models that are trained on them learn from cut-off text"
+        for name, metrics in results.diagnostics.items()
+        if metrics.get("forced_fraction", 0) > UNUSABLE_FRACTION
+    ]
+
+
+def _has_doubts(results: Results) -> bool:
+    return any(
+        results.doubt(name, metric)
+        for name, metrics in results.evaluation.items()
+        for metric in metrics
+    )
 
 
 def _models(results: Results) -> str:
     columns: dict[str, Callable[[str], str]] = {
-        "ELBO": lambda name: _nats(results.estimate(name, "elbo_per_token")),
-        "NLL in context": lambda name: _nats(results.estimate(name, "nll_in_context_per_token")),
-        "NLL": lambda name: _nats(results.estimate(name, "nll_per_token")),
-        "accuracy, with latent thought": lambda name: _percent(
-            results.estimate(name, iterations.LATENT_ACCURACY)
-        ),
-        "accuracy, thought in plain text": lambda name: _percent(
-            results.estimate(name, iterations.COT_ACCURACY)
-        ),
-        "accuracy, direct answer": lambda name: _percent(
-            results.estimate(name, iterations.RAW_ACCURACY)
-        ),
-        "right numbers": lambda name: _percent(results.estimate(name, "numbers_match")),
+        "ELBO": lambda name: _nats(results, name, "elbo_per_token"),
+        "NLL in context": lambda name: _nats(results, name, "nll_in_context_per_token"),
+        "NLL": lambda name: _nats(results, name, "nll_per_token"),
+        "accuracy, with latent thought": lambda name: _accuracy(results, name, LATENT_ACCURACY),
+        "accuracy, thought in plain text": lambda name: _accuracy(results, name, COT_ACCURACY),
+        "accuracy, direct answer": lambda name: _accuracy(results, name, RAW_ACCURACY),
+        "right numbers": lambda name: _accuracy(results, name, "numbers_match"),
         "ESS": lambda name: _decimal(results.evaluation[name], "ess_mean", 2),
         "FLOPs": lambda name: _flops(results.training.get(name, {}), "training_flops"),
         "FLOPs, history": lambda name: _flops(results.training.get(name, {}), "history_flops"),
@@ -159,7 +172,7 @@ def _bounds(results: Results, metrics: Mapping[str, str]) -> str:
     return _table(
         ["model", *metrics],
         [
-            [arm.name, *(_nats(results.estimate(arm.name, metric)) for metric in metrics.values())]
+            [arm.name, *(_nats(results, arm.name, metric) for metric in metrics.values())]
             for arm in ordered_arms(results.arms)
             if any(metric in results.evaluation[arm.name] for metric in metrics.values())
         ],
@@ -171,7 +184,7 @@ def _accuracies(results: Results, metrics: Mapping[str, str]) -> str:
     return _table(
         ["model", *metrics],
         [
-            [arm.name, *(_percent(results.estimate(arm.name, key)) for key in metrics.values())]
+            [arm.name, *(_accuracy(results, arm.name, key) for key in metrics.values())]
             for arm in ordered_arms(results.arms)
             if any(key in results.evaluation[arm.name] for key in metrics.values())
         ],
@@ -228,11 +241,16 @@ def _flops(metrics: Metrics, name: str) -> str:
     return f"{metrics[name]:.1e}" if name in metrics else "–"
 
 
-def _nats(estimate: Estimate | None) -> str:
+def _nats(results: Results, model: str, metric: str) -> str:
+    estimate = results.estimate(model, metric)
     if estimate is None:
         return MISSING
     error = "" if estimate.se is None else f" ± {estimate.se:.3f}"
-    return f"{estimate.value:.3f}{error}".replace("-", "−")
+    return f"{estimate.value:.3f}{error}{results.doubt(model, metric)}".replace("-", "−")
+
+
+def _accuracy(results: Results, model: str, metric: str) -> str:
+    return f"{_percent(results.estimate(model, metric))}{results.doubt(model, metric)}"
 
 
 def _percent(estimate: Estimate | None) -> str:

@@ -2,6 +2,7 @@
 
     <metrics>/eval/<model>.json   <metrics>/train/<model>.json   <metrics>/train/<model>.csv
     <metrics>/latents/<entry>.json   <metrics>/finetune/<run>.json   <metrics>/curves/<model>.csv
+    <metrics>/seeds/means.csv
 
 Only the entries of params.yaml are read: files that another preset left behind are not part of the
 experiment. Wall-clock figures lie outside the metrics folder, because they differ between runs of
@@ -21,6 +22,10 @@ from boltlm.reporting.arms import BASE_MODEL, Arm, ReportSettings, experiment_ar
 from boltlm.timing import read_timing, timing_path
 
 Metrics = Mapping[str, float]
+
+
+DAGGER, DOUBLE_DAGGER = "†", "‡"
+HIGH_FORCED = 0.05  # of the draws of a bound, cut at the limit
 
 
 class MetricPoint(NamedTuple):
@@ -44,24 +49,27 @@ class Results:
     """What is known of an experiment; values that are null or text are not included.
 
     `evaluation` is keyed by model, `training` (tokens and FLOPs) by model and by parent model, and
-    `finetuning` by run of `finetune`. `diagnostics`,
+    `finetuning` by run of `finetune`, whose models are `finetune_models`. `diagnostics`,
     `generators` (the model that sampled the latents) and `histograms` (bins of their log w) are
     keyed by entry of `latents`. `curves` holds the lines of the training curves, keyed by model and
     by parent model, `snapshot_curves` the evaluated snapshots of each entry of `curves`. `timings`
     holds measured wall-clock figures, keyed by model and by `latents/<entry>`: one mapping for each
-    line of a training curve, one in all for latents.
+    line of a training curve, one in all for latents. `means` are the lines of metrics/seeds, as
+    text.
     """
 
     arms: tuple[Arm, ...]
     evaluation: Mapping[str, Metrics]
     training: Mapping[str, Metrics]
     finetuning: Mapping[str, Metrics]
+    finetune_models: Mapping[str, str]
     diagnostics: Mapping[str, Metrics]
     generators: Mapping[str, str]
     curves: Mapping[str, Sequence[Metrics]]
     snapshot_curves: Mapping[str, Sequence[CurvePoint]]
     histograms: Mapping[str, Sequence[Metrics]]
     timings: Mapping[str, Sequence[Metrics]]
+    means: Sequence[Mapping[str, str]]
 
     def estimate(self, model: str, metric: str) -> Estimate | None:
         """An evaluation metric of a model, or None if the model does not have it."""
@@ -69,6 +77,20 @@ class Results:
         if metric not in metrics:
             return None
         return Estimate(value=metrics[metric], se=metrics.get(f"{metric}_se"))
+
+    def doubt(self, model: str, metric: str) -> str:
+        """A mark for a value that should not be believed as it stands: DAGGER for a bound with many
+        draws that were cut at the limit, DOUBLE_DAGGER for one cluster, which gives no error;
+        empty for all others."""
+        metrics = self.evaluation.get(model, {})
+        prefix, _, last = metric.rpartition("/")
+        where = f"{prefix}/" if prefix else ""
+        clusters = "clusters" if last == "accuracy" else "heldout_clusters"
+        if metrics.get(f"{where}{clusters}", 2) < 2:
+            return DOUBLE_DAGGER
+        is_bound = last.startswith(("elbo", "utility", "simplicity", "diversity"))
+        forced = metrics.get(f"{where}forced_fraction", metrics.get("forced_fraction", 0))
+        return DAGGER if is_bound and forced > HIGH_FORCED else ""
 
     def tasks(self) -> list[str]:
         """The tasks that have an accuracy, without those on the corpus's own questions."""
@@ -111,6 +133,7 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
             name: _read_json(metrics / "finetune" / f"{name}.json")
             for name in settings.finetune_runs
         },
+        finetune_models={name: run.model for name, run in settings.finetune_runs.items()},
         diagnostics={name: _read_json(path) for name, path in latents_paths.items()},
         generators={name: entry.model for name, entry in settings.latents.items()},
         curves={name: _read_csv(path) for name, path in curve_paths.items()},
@@ -121,6 +144,7 @@ def read_results(settings: ReportSettings, metrics: Path, timings: Path | None =
             name: _read_csv(path.with_suffix(".csv")) for name, path in latents_paths.items()
         },
         timings={} if timings is None else _read_timings(timings, curve_paths, latents_paths),
+        means=_read_lines(metrics / "seeds" / "means.csv"),
     )
 
 
@@ -184,8 +208,13 @@ def _read_json(path: Path) -> Metrics:
 
 
 def _read_csv(path: Path) -> list[Metrics]:
+    return [
+        {key: float(value) for key, value in line.items() if value} for line in _read_lines(path)
+    ]
+
+
+def _read_lines(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    return [{key: float(value) for key, value in line.items() if value} for line in lines]
+        return list(csv.DictReader(file))
