@@ -82,6 +82,7 @@ def stage_settings() -> dict[str, Any]:
     from boltlm.estep.config import EStepSettings
     from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings, EvaluateSettings
     from boltlm.evaluation.finetune_config import FinetuneSettings
+    from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.experiment import FigureSettings
     from boltlm.reporting.html_config import HtmlReportSettings
     from boltlm.reporting.seed_tables import SeedsSettings

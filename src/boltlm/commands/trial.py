@@ -54,7 +54,7 @@ def add_trial_commands(commands: Commands) -> None:
 
 def _try(args: argparse.Namespace) -> None:
     from boltlm.estep.config import EStepSettings
-    from boltlm.estep.run import MAX_FORCED_FRACTION
+    from boltlm.estep.diagnostics import UNUSABLE_FRACTION
     from boltlm.reporting.trial import first_chunks, try_estep
     from boltlm.training.config import TrainSettings
 
@@ -76,7 +76,7 @@ def _try(args: argparse.Namespace) -> None:
         settings, model=model, chunks=chunks, shown=args.show, has_latents=not is_base
     )
     print(trial.text)
-    if trial.forced_fraction <= MAX_FORCED_FRACTION:
+    if trial.forced_fraction <= UNUSABLE_FRACTION:
         return
     if is_base:
         print(
