@@ -138,7 +138,7 @@ class ChatSession:
                     await self._record_in_flight()
                     return sent
                 if wait == 0 and not budget.fits_alone(task.max_usd):
-                    self.ledger.stop(budget.exceeded_error(self.ledger.teacher))
+                    self.ledger.stop(budget.exceeded_error(self.ledger.teacher, task.max_usd))
                     break
                 self.changed.clear()
                 try:
