@@ -78,7 +78,9 @@ def test_money_is_left_to_the_last_request_that_fits() -> None:
     assert budget.reserve(0.6)
     budget.settle(0.6, 0.6)
     assert not budget.fits_alone(0.6)
-    assert "$0.8000" in str(budget.exceeded_error("teachers.t"))
+    message = str(budget.exceeded_error("teachers.t", 0.3))
+    assert "stopped at $0.8000" in message
+    assert f"could cost ${0.3 * budget.ratio:.6f} and exceed max_cost_usd" in message
 
 
 @pytest.mark.parametrize("name", ["input_usd", "output_usd", "batch_factor"])

@@ -182,13 +182,13 @@ def test_the_pace_is_close_to_the_rate_that_was_refused() -> None:
     pace = Pace()
     assert pace.rate(0.0) == math.inf
     pace.start(10, 2.0, 0.0)
-    assert [pace.rate(t) for t in (0.0, 2.0, 4.0)] == [5.0, 10.0, 20.0]
-    pace.slow_down(4.0)
-    assert [pace.rate(4.0 + t) for t in (0.0, 10.0, 20.0)] == pytest.approx([19.0, 20.0, 21.0])
-    assert pace.rate(64.0) > 100
-    pace.slow_down(14.0)
-    pace.slow_down(15.0)  # so soon: the rate is far too high
-    assert pace.rate(15.0) == pytest.approx(0.7 * 20, rel=0.05)
+    assert [pace.rate(t) for t in (0.0, 1.0, 2.0)] == [5.0, 10.0, 20.0]
+    pace.slow_down(2.0)
+    assert [pace.rate(2.0 + t) for t in (0.0, 10.0, 20.0)] == pytest.approx([19.0, 20.0, 21.0])
+    assert pace.rate(62.0) > 100
+    pace.slow_down(12.0)
+    pace.slow_down(13.0)  # so soon: the rate is far too high
+    assert pace.rate(13.0) == pytest.approx(0.7 * 20, rel=0.05)
 
 
 def test_a_closed_server_is_asked_rarely_and_the_pace_is_kept() -> None:

@@ -1,6 +1,7 @@
 """The response cache: files of earlier versions can be read, and no file is ever replaced."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,21 @@ def test_a_file_that_cannot_be_read_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not delete it"):
         ResponseCache(path)
     assert path.read_bytes() == content
+
+
+def test_a_response_is_judged_once_over_a_connection(tmp_path: Path) -> None:
+    """A run looks at each response in every pass; another run may have other checks."""
+    path = tmp_path / "responses.sqlite"
+    first = TeacherResponse("k", 0, "text", "stop", 7, 8, 0.25, "m")
+    second = TeacherResponse("k", 1, "text", "stop", 7, 8, 0.25, "m")
+    judged: list[TeacherResponse] = []
+
+    def verdict(cache: ResponseCache, response: TeacherResponse, reason: str | None) -> str | None:
+        return cache.verdict(response, lambda: judged.append(response) or reason)
+
+    with closing(ResponseCache(path)) as cache:
+        assert [verdict(cache, first, None), verdict(cache, second, "empty")] == [None, "empty"]
+        assert [verdict(cache, first, "x"), verdict(cache, second, "x")] == [None, "empty"]
+    assert judged == [first, second]
+    with closing(ResponseCache(path)) as cache:
+        assert verdict(cache, first, "too_long") == "too_long"

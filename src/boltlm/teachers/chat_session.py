@@ -90,6 +90,7 @@ class ChatSession:
             await asyncio.gather(*(self._work() for _ in range(self.config.concurrency)))
         finally:
             watch.cancel()
+            self._show()
         if self.recorded_usd:
             await self.writer.call(record_in_flight, self.teacher, 0.0)
         return self.count
@@ -138,7 +139,7 @@ class ChatSession:
                     await self._record_in_flight()
                     return sent
                 if wait == 0 and not budget.fits_alone(task.max_usd):
-                    self.ledger.stop(budget.exceeded_error(self.ledger.teacher))
+                    self.ledger.stop(budget.exceeded_error(self.ledger.teacher, task.max_usd))
                     break
                 self.changed.clear()
                 try:
@@ -266,9 +267,8 @@ class ChatSession:
         """Send a request again later. After the last try of a round, see whether the server is at
         fault or this request."""
         task.tries += 1
-        pause = max(
-            min(MIN_RETRY_SECONDS * 2.0 ** (task.tries - 1), MAX_RETRY_SECONDS), wait or 0.0
-        )
+        pause = min(MIN_RETRY_SECONDS * 2.0 ** (task.tries - 1), MAX_RETRY_SECONDS)
+        pause = max(pause, wait or 0.0)
         if task.tries <= self.config.max_retries:
             self._put_back(task, pause)
             return
@@ -282,13 +282,16 @@ class ChatSession:
         task.tries, task.round_start = 0, self.clock()
         self._put_back(task, pause)
 
+    def _show(self) -> None:
+        limiter = self.limiter
+        self.ledger.activity = f"{limiter.in_flight} in flight, {limiter.describe(self.clock())}"
+        self.ledger.show()
+
     async def _watch(self) -> None:
         """Show the progress, also of a run that hangs, and end a run in which nothing succeeds."""
         while True:
             await asyncio.sleep(min(1.0, self.config.max_outage_seconds / 4))
-            rate = self.limiter.describe(self.clock())
-            self.ledger.activity = f"{self.limiter.in_flight} in flight, {rate}"
-            self.ledger.show()
+            self._show()
             self.ledger.progress.tick()
             try:
                 if self.ledger.stop_error is None and await self.health.has_outage():

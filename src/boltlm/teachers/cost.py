@@ -98,10 +98,12 @@ class CostBudget:
         """Which part of `spent` is an estimate, to be appended to it; empty where none is."""
         return f" (${self.estimated:.4f} of it estimated)" if self.estimated else ""
 
-    def exceeded_error(self, teacher: str) -> UserError:
-        """The error to report when a request does not fit. `teacher`: its key in params."""
+    def exceeded_error(self, teacher: str, max_usd: float) -> UserError:
+        """The error to report when a request does not fit that can cost `max_usd`. `teacher`: its
+        key in params."""
         return UserError(
-            f"{teacher}: stopped at ${self.spent:.4f} because the next request could exceed"
-            f" max_cost_usd ${self.limit:.4f}; all responses are saved in the response cache, so"
-            " raise max_cost_usd and run the stage again to continue"
+            f"{teacher}: stopped at ${self.spent:.4f} because the next request could cost"
+            f" ${max_usd * self.ratio:.6f} and exceed max_cost_usd {self.limit:g}; all"
+            " responses are saved in the response cache, so raise max_cost_usd and run the stage"
+            " again to continue"
         )

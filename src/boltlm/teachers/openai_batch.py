@@ -159,7 +159,7 @@ class OpenAIBatchClient:
                 request_usd = self.config.max_usd(pending.request)
                 if not ledger.budget.reserve(request_usd):
                     if not ledger.budget.fits_alone(request_usd):
-                        ledger.stop(ledger.budget.exceeded_error(ledger.teacher))
+                        ledger.stop(ledger.budget.exceeded_error(ledger.teacher, request_usd))
                         self.out_of_budget = True
                     break  # or wait until other batches have ended
                 max_usd += request_usd

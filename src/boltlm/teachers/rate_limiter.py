@@ -29,7 +29,7 @@ MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
 MAX_WAIT_SECONDS = 15.0
 MIN_WAIT_SECONDS = 1e-3  # less is none
 # See `Pace`. A refusal soon after the last one says that the rate is far too high.
-START_DOUBLING_SECONDS, MAX_DOUBLINGS = 2.0, 30.0
+START_DOUBLING_SECONDS, MAX_DOUBLINGS = 1.0, 30.0
 PACE_DECREASE, QUICK_PACE_DECREASE, QUICK_REFUSAL_SECONDS = 0.05, 0.3, 2.0
 CUBIC = 5e-5
 RATE_WINDOW_SECONDS = 60.0  # over which requests and tokens per minute are counted
