@@ -26,7 +26,7 @@ STAGES = yaml.safe_load(DVC_YAML.read_text("utf-8"))["stages"]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ("compare", "seeds", "verify-weights", "browse")
+COMMANDS = ("compare", "seeds", "verify", "verify-weights", "browse")
 SCRIPTS = sorted((ROOT / "stages").glob("*.py"))
 
 
@@ -230,6 +230,29 @@ def test_only_entry_points_read_params() -> None:
                 assert not (raw and argument.arg in ("params", "values", "config")), path
 
 
+UNSAFE = (
+    r"\bimport (pickle|dill|shelve|marshal)\b",
+    r"\bfrom (pickle|dill|shelve|marshal)\b",
+    r"trust_remote_code\s*=\s*True",
+    r"yaml\.(load|unsafe_load|full_load)\(",
+    r"torch\.load\((?![^)]*weights_only=True)",
+    r"allow_pickle\s*=\s*True",
+    r"\b(eval|exec)\(",
+    r"shell\s*=\s*True",
+)
+
+
+@pytest.mark.parametrize("pattern", UNSAFE)
+def test_no_file_that_is_read_can_run_code(pattern: str) -> None:
+    """No pickle, no code of a model's repository, no YAML with objects, no shell."""
+    for path in [*SOURCES, *SCRIPTS]:
+        match = re.search(pattern, path.read_text("utf-8"))
+        # `model.eval()` is a method of PyTorch.
+        assert match is None or path.read_text("utf-8")[match.start() - 1] == ".", (
+            f"{path}: {match}"
+        )
+
+
 # --- Documents
 
 
@@ -244,7 +267,7 @@ def test_readme_is_short_and_its_commands_exist() -> None:
         for target in re.findall(r"(?:^ *|`)make (\w+)", text, re.M):
             assert target in targets, f"{path.name}: make {target}"
         for command in re.findall(r"(?:^ *|`)boltlm ([a-z][\w-]*)", text, re.M):
-            known = ("browse", "cache", "compare", "seeds", "teacher", "verify-weights")
+            known = ("browse", "cache", "compare", "seeds", "teacher", "verify", "verify-weights")
             assert command in known, f"{path.name}: {command}"
         sections = {"train": "models", "evaluate": "models", "teacher": "teachers"}
         for stage, name in re.findall(r"dvc repro (\w+)@(\w+)", text):

@@ -4,6 +4,7 @@ import argparse
 
 from boltlm.commands.analysis import add_analysis_commands
 from boltlm.commands.teachers import add_teacher_commands
+from boltlm.commands.verification import add_verify_command
 from boltlm.errors import run_main
 
 
@@ -19,5 +20,6 @@ def _run_command() -> None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_teacher_commands(commands)
     add_analysis_commands(commands)
+    add_verify_command(commands)
     args = parser.parse_args()
     args.run(args)
