@@ -10,7 +10,7 @@ from boltlm.commands.parser import Commands, add_command, count
 from boltlm.errors import UserError
 from boltlm.params import load, load_settings
 
-VERIFY_EXAMPLE = """\
+EXPERIMENT_EXAMPLE = """\
 example:
   boltlm verify
   boltlm verify --chunks 200 --seed 2
@@ -24,7 +24,7 @@ anything differs."""
 def add_verify_command(commands: Commands) -> None:
     """Add `boltlm verify`."""
     summary = "check the files, shards and latents of a finished experiment"
-    parser = add_command(commands, "verify", summary, VERIFY_EXAMPLE, _verify)
+    parser = add_command(commands, "verify", summary, EXPERIMENT_EXAMPLE, _verify)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--lock", type=Path, default=Path("dvc.lock"))
     parser.add_argument("--dvc-cache", type=Path, default=Path(".dvc/cache/files/md5"))
