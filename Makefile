@@ -9,12 +9,16 @@ TORCH := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(GPU),,UV_TORCH_BACKEND=cp
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: repro test check deps ui
+.PHONY: repro test check deps ui chaos
 repro: .venv/ready
 	$(RUN) dvc repro
 
 test: .venv/ready
 	$(RUN) python -m pytest -n 2 --dist loadfile
+
+# Hours; CHAOS="--kills 20 --seed 2" for fewer kills or another seed.
+chaos: .venv/ready
+	$(RUN) python -m tests.chaos $(or $(FOLDER),/tmp/boltlm-chaos) $(CHAOS)
 
 check: .venv/ready
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright

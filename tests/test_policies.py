@@ -26,7 +26,7 @@ STAGES = yaml.safe_load(DVC_YAML.read_text("utf-8"))["stages"]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ("compare", "seeds", "verify-weights", "browse")
+COMMANDS = ("compare", "seeds", "verify", "verify-weights", "browse")
 SCRIPTS = sorted((ROOT / "stages").glob("*.py"))
 
 
@@ -232,6 +232,25 @@ def test_only_entry_points_read_params() -> None:
                     argument.annotation
                 )
                 assert not (raw and argument.arg in ("params", "values", "config")), path
+
+
+UNSAFE = (
+    r"\bimport (pickle|dill|shelve|marshal)\b",
+    r"\bfrom (pickle|dill|shelve|marshal)\b",
+    r"trust_remote_code\s*=\s*True",
+    r"yaml\.(load|unsafe_load|full_load)\(",
+    r"torch\.load\((?![^)]*weights_only=True)",
+    r"allow_pickle\s*=\s*True",
+    r"(?<![.\w])(eval|exec)\(",
+    r"shell\s*=\s*True",
+)
+
+
+@pytest.mark.parametrize("pattern", UNSAFE)
+def test_no_file_that_is_read_can_run_code(pattern: str) -> None:
+    """No pickle, no code of a model's repository, no YAML with objects, no shell."""
+    for path in [*SOURCES, *SCRIPTS]:
+        assert not re.search(pattern, path.read_text("utf-8")), path
 
 
 # --- Documents

@@ -7,6 +7,7 @@ from boltlm.commands.init import add_init_command
 from boltlm.commands.plan import add_plan_command
 from boltlm.commands.teachers import add_teacher_commands
 from boltlm.commands.trial import add_trial_commands
+from boltlm.commands.verification import add_verify_command
 from boltlm.errors import run_main
 
 
@@ -25,5 +26,6 @@ def _run_command() -> None:
     add_teacher_commands(commands)
     add_trial_commands(commands)
     add_analysis_commands(commands)
+    add_verify_command(commands)
     args = parser.parse_args()
     args.run(args)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -124,6 +125,7 @@ def _watch_parent(number: signal.Signals, parent: int) -> None:
 def without_ctrl_c() -> Iterator[None]:
     """Processes that are started inside this context never get SIGINT, also not while they import
     libraries: the stage gets it and ends them."""
+    resource_tracker.ensure_running()  # started later, it would let SIGINT through again
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -130,6 +130,16 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and checksum.is_file() and checksum.read_text("utf-8") == _checksum(path)
 
 
+def sealed_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files anywhere below a folder that were marked complete: those that have changed since or
+    are missing, and those that are as they were."""
+    parts: tuple[list[Path], list[Path]] = [], []
+    for checksum in sorted(folder.rglob(_checksum_path(Path("*")).name)):
+        path = checksum.with_suffix("")
+        parts[is_complete(path)].append(path)
+    return parts
+
+
 def remove_complete(path: Path) -> None:
     """Remove a file that was marked complete, its checksum first."""
     _checksum_path(path).unlink(missing_ok=True)

@@ -271,5 +271,5 @@ def test_questions_and_examples_never_become_special_tokens(
     )
     special = {*dataclasses.astuple(base_coder.special_tokens)}
     assert [i for i in ids if i in special] == [i for i in expected if i in special]
-    repeats = 4 + (space != "latent")
+    repeats = 5 + (space != "latent")
     assert base_coder.decode(ids).count(hostile) == repeats

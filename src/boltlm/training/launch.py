@@ -14,7 +14,7 @@ from boltlm.errors import UserError, run_main
 from boltlm.interruption import LAUNCHED, SIGNALS
 
 
-def main() -> None:
+def launch_processes() -> None:
     """Start the processes and wait for them."""
     from accelerate.commands.launch import main as launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -45,4 +45,4 @@ def _end(exit_codes: set[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(launch_processes)

@@ -1,0 +1,1 @@
+"""Faults injected into the smoke graph, and what is left of the experiment afterwards."""
