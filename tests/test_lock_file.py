@@ -1,10 +1,11 @@
 """Files against dvc.lock, and DVC's copies against their names."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from dvc.repo import Repo
 
 from boltlm.errors import UserError
 from boltlm.lock_file import damaged_objects, locked_paths, path_problem
@@ -14,15 +15,14 @@ from boltlm.lock_file import damaged_objects, locked_paths, path_problem
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of two files and a metrics file, as DVC hashes them."""
     folder = tmp_path_factory.mktemp("repository")
-    with Repo.init(str(folder), no_scm=True) as repo:
-        (folder / "table" / "part").mkdir(parents=True)
-        (folder / "table" / "b.txt").write_text("b")
-        (folder / "table" / "part" / "a.txt").write_text("a")
-        (folder / "table.txt").write_text("one")
-        repo.add([str(folder / "table"), str(folder / "table.txt")])
-    outs = [
-        yaml.safe_load((folder / f"{n}.dvc").read_text())["outs"][0] for n in ("table", "table.txt")
-    ]
+    (folder / "table" / "part").mkdir(parents=True)
+    (folder / "table" / "b.txt").write_text("b")
+    (folder / "table" / "part" / "a.txt").write_text("a")
+    (folder / "table.txt").write_text("one")
+    for command in (["init", "--no-scm", "-q"], ["add", "-q", "table", "table.txt"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=folder, check=True)
+    files = [folder / "table.dvc", folder / "table.txt.dvc"]
+    outs = [yaml.safe_load(file.read_text("utf-8"))["outs"][0] for file in files]
     (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"make": {"outs": outs}}}))
     return folder
 
