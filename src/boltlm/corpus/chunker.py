@@ -27,7 +27,6 @@ from boltlm.tokens import TextCoder
 # By how many tokens the number for a text may differ from that in a longer text, at most: the
 # tokens at its edges may be others.
 _EDGE_TOKENS = 16
-_WINDOW = 8  # characters for each token that fits
 _EncodedTexts = list[tuple[str, np.ndarray]]
 
 
@@ -151,20 +150,28 @@ class Chunker:
             yield pending
 
     def _cut_sentence(self, text: str) -> list[str]:
-        """A text in parts that fit, each as long as possible. Only some text from where a part
-        begins is encoded at once, so that the time is linear in the length."""
+        """A text in parts that fit, each as long as possible."""
         parts: list[str] = []
-        start, window = 0, _WINDOW * self.max_chunk_tokens
+        start = 0
         while True:
-            ahead = text[start : start + window]
-            is_last = start + window >= len(text)
-            if len(self.encoder.encode(ahead)) > self.max_chunk_tokens:
-                parts.append(self._fitting_prefix(ahead))
-                start += len(parts[-1])
-            elif is_last:
-                return [*parts, ahead]
-            else:
-                window *= 2
+            window, is_too_long = self._window(text, start)
+            if not is_too_long:
+                return [*parts, window]
+            parts.append(self._fitting_prefix(window))
+            start += len(parts[-1])
+
+    def _window(self, text: str, start: int) -> tuple[str, bool]:
+        """The text from `start` on, or as much of it as certainly has more than `max_chunk_tokens`
+        tokens, and whether it has more: the time for a cut does not grow with the document."""
+        size = self.max_chunk_tokens + _EDGE_TOKENS
+        while True:
+            window = text[start : start + size]
+            tokens = len(self.encoder.encode(window))
+            if start + size >= len(text):
+                return window, tokens > self.max_chunk_tokens
+            if tokens > self.max_chunk_tokens + _EDGE_TOKENS:
+                return window, True
+            size *= 2
 
     def _fitting_prefix(self, text: str) -> str:
         """A prefix that is short enough when it is encoded alone. It ends where a token of `text`
