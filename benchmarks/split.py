@@ -51,7 +51,7 @@ class TwiceEncodingChunker(Chunker):
         for run in self._runs(document):
             text = "".join(run)
             fits = len(self.encoder.encode(text)) <= self.max_chunk_tokens
-            texts += [text] if fits else self._cut_by_trial(run)
+            texts += [text] if fits else self._cut(run, [None] * len(run))
         chunks: list[Chunk] = []
         for text in texts:
             tokens = tuple(self.encoder.encode(text))

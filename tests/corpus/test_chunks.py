@@ -177,6 +177,53 @@ def test_chunks_reproduce_the_document(coder: TextCoder, text: str, max_chunk_to
         assert not {m.bos, m.eos, m.sol, m.eol, m.prior, m.post} & set(chunk.tokens)
 
 
+@given(text=TEXTS, max_chunk_tokens=st.integers(8, 40))
+def test_cuts_do_not_depend_on_what_is_known_of_the_tokens(
+    coder: TextCoder, text: str, max_chunk_tokens: int
+) -> None:
+    """A text that is cut where its ids say that the limit is becomes the same chunks as one that is
+    cut by encoding it again with each sentence."""
+    chunker = Chunker(PAPER, coder, max_chunk_tokens, seed=1)
+    sentences = split_sentences(text) * 3
+    expected = chunker._expected(sentences, np.array(coder.encode("".join(sentences))))
+    by_trial = list(chunker._cut(sentences, [None] * len(sentences)))
+    assert list(chunker._cut(sentences, expected)) == by_trial
+    assert "".join(by_trial) == "".join(sentences)
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(coder: TextCoder) -> None:
+    """They stand for decoding where the decoder only joins tokens."""
+    text = "the 数 👩‍🚀 \x00 end. é\n\tof"
+    tokens = coder.encode(text)
+    assert coder.reproduces(text, tokens)
+    assert not coder.reproduces(text, tokens[1:])
+    if coder.token_bytes is not None:
+        assert b"".join(coder.token_bytes[token] for token in tokens) == text.encode()
+    else:
+        assert isinstance(coder.tokenizer.model, Unigram)
+
+
+def test_a_sentence_without_end_takes_linear_time(
+    base_coder: TextCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of data without a full stop must not hang the stage."""
+    encoded: list[int] = []
+    encode = base_coder.encode
+
+    def recording(text: str) -> list[int]:
+        encoded.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(base_coder, "encode", recording)
+    text = " ".join(f"{n % 89} words" for n in range(5000))
+    chunk_list, cut_count = reproducible_chunks(base_coder, text, 50)
+    assert cut_count == 1
+    assert "".join(chunk.text for chunk in chunk_list) == text
+    assert min(len(chunk.tokens) for chunk in chunk_list[:-1]) > 40
+    assert max(encoded) < len(text) / 10
+    assert sum(encoded) < 30 * len(text)
+
+
 def test_text_that_names_the_special_tokens_stays_text(coder: TextCoder) -> None:
     """A page about this project must not start a latent, and a page about SentencePiece must not
     end a document. Where the vocabulary allows no other encoding, such a page is dropped."""
@@ -364,3 +411,20 @@ def test_impossible_lengths_are_an_error() -> None:
             ChunkingConfig(
                 mean_sentences=mean, min_sentences=minimum, max_sentences=maximum, from_source=()
             )
+
+
+@given(st.text(alphabet="ab .!?…。！？｡\"')」\n\tA1é", max_size=80))
+def test_sentences_of_scripts_without_spaces(text: str) -> None:
+    """No sentence goes on after 。 ！ ？ or ｡ and closing marks, and the text is restored."""
+    sentences = split_sentences(text)
+    assert "".join(sentences) == text
+    for sentence in sentences:
+        assert not re.search(
+            r"[。！？｡]+[\"'”’)\]」』）】》]*[^\s。！？｡\"'”’)\]」』）】》]", sentence
+        )
+
+
+def test_sentence_ends_in_chinese_text() -> None:
+    """Also before a closing quotation mark, and without white space after them."""
+    text = "他说：「好。」我们走吧！为什么？ 没有"
+    assert split_sentences(text) == ["他说：「好。」", "我们走吧！", "为什么？", " 没有"]

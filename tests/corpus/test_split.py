@@ -1,13 +1,21 @@
 """Named corpora: disjoint ranges of a source, written in shards, every document accounted for."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from boltlm.corpus import sources
 from boltlm.corpus.chunker import Chunker
@@ -338,3 +346,119 @@ def test_there_are_as_many_questions_as_configured(base_coder: TextCoder, tmp_pa
     assert heldout_questions(settings(without)) == []
     assert split_into(tmp_path, without, base_coder)["questions"] == 0
     assert list(read_table(tmp_path / "split" / "questions", Question)) == []
+
+
+Expected = tuple[dict[str, bytes], dict[str, int | float]]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The content of every file in the outputs of a run."""
+    outputs = [folder / "split", folder / "chunks"]
+    files = (path for output in outputs for path in output.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def many_params(folder: Path, count: int = 14) -> dict[str, Any]:
+    """Two corpora of a shuffled source, in shards of one document, some of which share an n-gram
+    with the held-out document and are dropped."""
+    folder.mkdir(exist_ok=True)
+    texts = [f"Page {n}. It has {'many ' * (n % 7)}words.\nHeld out {n}." for n in range(count)]
+    texts[3] = texts[8] = "It is held out."
+    params = split_params(folder / "a.jsonl", texts, {"one": count // 2, "two": count // 2})
+    params["corpora"]["heldout"]["source"]["shuffle_buffer"] = 0
+    params["corpus"]["shuffle_buffer"] = None
+    params["split"] |= {"shard_documents": 1, "ngram_size": 2, "drop_contaminated": True}
+    for key in ("one", "two"):  # a shard that becomes empty stays, so that the names correspond
+        params["corpora"][key]["documents"] -= 1
+    (folder / "heldout-a.jsonl").write_text('{"text": "is held.", "id": "h"}\n', encoding="utf-8")
+    return params
+
+
+@pytest.fixture(scope="module")
+def expected(base_coder: TextCoder, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """The outputs and the counts of a single process that is not interrupted."""
+    folder = tmp_path_factory.mktemp("expected")
+    counts = split_into(folder, many_params(folder), base_coder)
+    assert 0 < counts["one/dropped_contaminated"] + counts["two/dropped_contaminated"] <= 2
+    return tree(folder), counts
+
+
+def test_the_number_of_workers_changes_no_byte(
+    base_coder: TextCoder, tmp_path: Path, expected: Expected
+) -> None:
+    """Nor does it change a count. Two workers are in the next test."""
+    params = many_params(tmp_path)
+    params["split"]["workers"] = 3
+    counts = split_into(tmp_path, params, base_coder)
+    assert (tree(tmp_path), counts) == expected
+
+
+def test_a_stage_that_is_killed_again_and_again_ends_in_the_same_bytes(
+    base_folder: Path, tmp_path: Path, expected: Expected
+) -> None:
+    """SIGKILL of the stage and its workers at random moments; what is saved is not made again,
+    also by another number of workers."""
+    params, rng = many_params(tmp_path), np.random.default_rng(1)
+    names = {"work": "work", "split": "split", "chunks": "chunks", "metrics": "split.json"}
+    flags = [part for flag, name in names.items() for part in (f"--{flag}", str(tmp_path / name))]
+    script = str(tiny.ROOT / "stages" / "split.py")
+    params_path = tmp_path / "params.yaml"
+    command = [sys.executable, script, "--params", str(params_path), "--base", str(base_folder)]
+    for workers in (1, 2, 1):
+        params["split"]["workers"] = workers
+        params_path.write_text(yaml.safe_dump(params), encoding="utf-8")
+        process = subprocess.Popen(
+            [*command, *flags], start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        target = len(saved_files(tmp_path)) + int(rng.integers(1, 12))
+        while process.poll() is None and len(saved_files(tmp_path)) < target:
+            time.sleep(0.001)
+        before = saved_files(tmp_path)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        after = saved_files(tmp_path)
+        assert before.items() <= after.items()
+    subprocess.run([*command, *flags], check=True, stderr=subprocess.DEVNULL)
+    assert after.items() <= saved_files(tmp_path).items()
+    assert tree(tmp_path) == expected[0]
+    assert json.loads((tmp_path / "split.json").read_text("utf-8")) == expected[1]
+
+
+def saved_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The results in the work folder, each of which is written when its shard is finished, and what
+    changes when one is made again."""
+    stats: dict[str, tuple[int, int]] = {}
+    for path in folder.glob("work/**/*.json.sha256"):
+        stat = path.with_name(path.name.removesuffix(".sha256")).stat()
+        stats[str(path.relative_to(folder))] = (stat.st_ino, stat.st_mtime_ns)
+    return stats
+
+
+def test_a_corpus_that_changes_is_the_only_one_that_is_made_again(
+    base_coder: TextCoder, tmp_path: Path
+) -> None:
+    """And of that corpus only the shards that change; a larger corpus moves the one after it."""
+    texts = [f"Page {n}. It ends." for n in range(20)]
+    params = split_params(tmp_path / "a.jsonl", texts, {"one": 6, "two": 6})
+    split_into(tmp_path, params, base_coder)
+    work, outputs = saved_files(tmp_path), tree(tmp_path)
+    params = split_params(tmp_path / "a.jsonl", [*texts[:7], "Changed."], {"one": 6, "two": 2})
+    split_into(tmp_path, params, base_coder)
+    assert work.items() <= saved_files(tmp_path).items()
+    made = {path.split("/")[3] for path in saved_files(tmp_path).keys() - work.keys()}
+    assert len(made) == 1  # the folder of the shard with two documents
+    changed = {name for name, content in outputs.items() if tree(tmp_path).get(name) != content}
+    assert {name.split("/")[1] for name in changed} == {"two"}
+
+
+def test_shards_that_are_damaged_are_made_again(
+    base_coder: TextCoder, tmp_path: Path, expected: Expected
+) -> None:
+    """A full disk leaves files that look finished."""
+    params = many_params(tmp_path)
+    split_into(tmp_path, params, base_coder)
+    for path in sorted(path for path in tmp_path.glob("work/**/*.*") if path.is_file())[::5]:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert split_into(tmp_path, params, base_coder) == expected[1]
+    assert tree(tmp_path) == expected[0]

@@ -2,15 +2,12 @@
 tokenised alone, without loss.
 
 Joining the chunks of a document gives its text back exactly; so does decoding the token ids of all
-its chunks, joined (docs/method.md, section 2). Most chunks are encoded once. One that is too long
-is cut where its token ids say that the limit lies, and its parts are encoded together with those of
-other documents; only where that cannot be known is it cut by trial.
+its chunks, joined (docs/method.md, section 2). Most chunks are encoded once. Where one that is too
+long must be cut follows from its ids, except close to the limit, where the text is encoded to know.
 """
 
 import itertools
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,19 +24,10 @@ from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 from boltlm.tokens import TextCoder
 
-# By how many tokens the number for a text may differ from the sum for its parts, at most: the
-# tokens at the edges are others. A difference that is larger needs no encoding to be certain.
+# By how many tokens the number for a text may differ from that in a longer text, at most: the
+# tokens at its edges may be others.
 _EDGE_TOKENS = 16
 _EncodedTexts = list[tuple[str, np.ndarray]]
-
-
-class _Part(NamedTuple):
-    """Sentences that are expected to fit, the next sentence (empty: there is none), and the
-    expected number of tokens with it."""
-
-    text: str
-    following: str
-    with_following: int
 
 
 class Chunker:
@@ -113,13 +101,12 @@ class Chunker:
         texts = ["".join(run) for run in runs]
         encoded = [[pair] for pair in zip(texts, self._encode(texts), strict=True)]
         long = [i for i, ((_, ids),) in enumerate(encoded) if len(ids) > self.max_chunk_tokens]
-        cuts = [self._predict_cuts(runs[i], encoded[i][0][1]) for i in long]
-        part_ids = iter(self._encode([part.text for parts in cuts for part in parts]))
-        for i, parts in zip(long, cuts, strict=True):
-            ids = list(itertools.islice(part_ids, len(parts)))
-            texts = [part.text for part in parts]
-            if not (parts and self._are_right(parts, ids)):
-                texts = list(self._cut_by_trial(runs[i]))
+        cuts = [list(self._cut(runs[i], self._expected(runs[i], encoded[i][0][1]))) for i in long]
+        part_ids = iter(self._encode([text for texts in cuts for text in texts]))
+        for i, texts in zip(long, cuts, strict=True):
+            ids = list(itertools.islice(part_ids, len(texts)))
+            if max(map(len, ids)) > self.max_chunk_tokens:  # something was not as expected
+                texts = list(self._cut(runs[i], [None] * len(runs[i])))
                 ids = self._encode(texts)
             encoded[i] = list(zip(texts, ids, strict=True))
         return encoded
@@ -127,51 +114,64 @@ class Chunker:
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [ids for batch in text_batches(texts) for ids in self.encoder.encode_batch(batch)]
 
-    def _predict_cuts(self, sentences: Sequence[str], ids: np.ndarray) -> list[_Part]:
-        """The sentences, which are encoded as `ids`, in parts of as many as are expected to fit;
-        none where one does not fit, or where it is not known what text each id stands for."""
+    def _expected(self, sentences: Sequence[str], ids: np.ndarray) -> list[int | None]:
+        """How many of the ids belong to each of the sentences, which were encoded together; None
+        where it is not known what text each id stands for."""
         token_bytes = self.encoder.token_bytes
         if token_bytes is None:
-            return []
+            return [None] * len(sentences)
         ends = np.cumsum([len(token_bytes[token]) for token in ids.tolist()])
         sentence_ends = np.cumsum([len(sentence.encode()) for sentence in sentences])
-        counts = np.searchsorted(ends, sentence_ends, side="right").tolist()
-        parts: list[_Part] = []
-        start = used = 0
-        while start < len(sentences):
-            stop = bisect_right(counts, used + self.max_chunk_tokens)
-            if stop <= start:
-                return []
-            following = sentences[stop : stop + 1]
-            with_following = counts[stop] - used if following else 0
-            parts.append(_Part("".join(sentences[start:stop]), "".join(following), with_following))
-            start, used = stop, counts[stop - 1]
-        return parts
+        return np.diff(np.searchsorted(ends, sentence_ends, side="right"), prepend=0).tolist()
 
-    def _are_right(self, parts: Sequence[_Part], ids: Sequence[np.ndarray]) -> bool:
-        """Whether every part fits and, but for the last, has no room for the next sentence."""
+    def _exceeds(self, text: str, expected: int | None) -> bool:
+        """Whether a text is too long; it is encoded only if the expected number of tokens, where
+        there is one, leaves that open."""
         limit = self.max_chunk_tokens
-        return all(len(part_ids) <= limit for part_ids in ids) and all(
-            part.with_following > limit + _EDGE_TOKENS
-            or len(self.encoder.encode(part.text + part.following)) > limit
-            for part in parts[:-1]
-        )
+        if expected is None or abs(expected - limit) <= _EDGE_TOKENS:
+            expected = len(self.encoder.encode(text))
+        return expected > limit
 
-    def _cut_by_trial(self, sentences: Sequence[str]) -> Iterator[str]:
-        """The sentences as several texts that fit, by encoding each in turn. A sentence is cut only
-        if it is too long by itself."""
-        pending = ""
-        for sentence in sentences:
-            if pending and len(self.encoder.encode(pending + sentence)) > self.max_chunk_tokens:
+    def _cut(self, sentences: Sequence[str], counts: Sequence[int | None]) -> Iterator[str]:
+        """The sentences as texts of as many as fit. A sentence is cut only if it is too long by
+        itself. `counts`: the expected numbers of tokens, if known."""
+        pending, size = "", 0
+        for sentence, count in zip(sentences, counts, strict=True):
+            total = None if count is None else size + count
+            if pending and self._exceeds(pending + sentence, total):
                 yield pending
-                pending = ""
-            pending += sentence
-            while len(self.encoder.encode(pending)) > self.max_chunk_tokens:
-                prefix = self._fitting_prefix(pending)
-                yield prefix
-                pending = pending[len(prefix) :]
+                pending, total = "", count
+            pending, size = pending + sentence, total or 0
+            if self._exceeds(pending, total):
+                *parts, pending = self._cut_sentence(pending)
+                yield from parts
+                size = len(self.encoder.encode(pending))
         if pending:
             yield pending
+
+    def _cut_sentence(self, text: str) -> list[str]:
+        """A text in parts that fit, each as long as possible."""
+        parts: list[str] = []
+        start = 0
+        while True:
+            window, is_too_long = self._window(text, start)
+            if not is_too_long:
+                return [*parts, window]
+            parts.append(self._fitting_prefix(window))
+            start += len(parts[-1])
+
+    def _window(self, text: str, start: int) -> tuple[str, bool]:
+        """The text from `start` on, or as much of it as certainly has more than `max_chunk_tokens`
+        tokens, and whether it has more: the time for a cut does not grow with the document."""
+        size = self.max_chunk_tokens + _EDGE_TOKENS
+        while True:
+            window = text[start : start + size]
+            tokens = len(self.encoder.encode(window))
+            if start + size >= len(text):
+                return window, tokens > self.max_chunk_tokens
+            if tokens > self.max_chunk_tokens + _EDGE_TOKENS:
+                return window, True
+            size *= 2
 
     def _fitting_prefix(self, text: str) -> str:
         """A prefix that is short enough when it is encoded alone. It ends where a token of `text`

@@ -9,12 +9,17 @@ import numpy as np
 
 from boltlm.errors import UserError
 
-# A sentence ends after . ! ? or … and closing marks if white space follows, and before a blank
-# line, but not after an initial or one of these abbreviations.
+# A sentence ends after . ! ? or … and closing marks if white space follows, after 。 ！ ？ or ｡ and
+# closing marks, and before a blank line, but not after an initial or one of these abbreviations.
 _ABBREVIATIONS = (
     "e.g|i.e|cf|vs|etc|al|Fig|Figs|Eq|Eqs|Sec|Ch|No|Dr|Mr|Mrs|Ms|Prof|St|Thm|Def|approx|resp"
 )
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
+# Every run of marks is read once (possessive quantifiers, a start only where a run starts), so the
+# time is linear in the length of any text.
+_END = re.compile(
+    r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s)|[。！？｡]++[\"'”’)\]」』）】》]*+|(?=\n[ \t]*+\n)"
+)
+_NON_SPACE = re.compile(r"\S")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
 _LOOK_BACK = 16  # characters, more than the longest abbreviation has
 
@@ -55,18 +60,25 @@ def split_sentences(text: str) -> list[str]:
     `"".join(split_sentences(text)) == text` for every text; a text of white space is one sentence,
     the empty text has none.
     """
-    edges = [0]
+    edges, words = [0], _next_word(text, 0)
     for match in _END.finditer(text):
         end = match.end()
         if match[0]:
             ends = not _NO_END.search(text[max(edges[-1], end - _LOOK_BACK) : end])
         else:
-            ends = bool(text[edges[-1] : end].strip())
+            ends = words < end
         if ends:
             edges.append(end)
+            words = _next_word(text, end)
     if len(edges) > 1 and not text[edges[-1] :].strip():
         edges.pop()
     return [text[start:end] for start, end in itertools.pairwise([*edges, len(text)]) if text]
+
+
+def _next_word(text: str, start: int) -> int:
+    """Where the white space from `start` on ends, at the latest at the end of the text."""
+    match = _NON_SPACE.search(text, start)
+    return match.start() if match else len(text)
 
 
 def chunk_length_distribution(config: ChunkingConfig) -> np.ndarray:
