@@ -22,8 +22,8 @@ _NEXT = """\
 {path} is written. DVC watches the text through `inputs`: when it changes, `dvc status` says so and
 `dvc repro` runs again what depends on it. Next:
 
-  dvc repro split && boltlm try     # chunks, teacher's answers, cost and an E-step on few documents
-  dvc repro                         # everything; the page is reports/workspace/index.html"""
+  dvc repro train@warmstart && boltlm try  # teacher's latents, cost, an E-step on few documents
+  dvc repro                                # everything; the page is reports/workspace/index.html"""
 
 
 def add_init_command(commands: Commands) -> None:
