@@ -64,18 +64,22 @@ def run_estep(
         diagnostics.add(groups, shard_reference_latents(split / path.name, path))
     _write_histogram(histogram_path, diagnostics)
     metrics = diagnostics.diagnostics() | diagnostics.exact_match_metrics()
-    if (cut := metrics["forced_fraction"]) > UNUSABLE_FRACTION:
+    _warn_of_cut_draws(settings, metrics["forced_fraction"])
+    metrics["forward_tokens"] = forwarded
+    if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
+        metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
+    return metrics, _wall_clock_figures(throughputs)
+
+
+def _warn_of_cut_draws(settings: EStepSettings, fraction: float) -> None:
+    if fraction > UNUSABLE_FRACTION:
         print(
-            f"WARNING: latents {settings.name}: {cut:.0%} of the draws did not end within"
+            f"WARNING: latents {settings.name}: {fraction:.0%} of the draws did not end within"
             f" max_latent_tokens ({settings.max_latent_tokens}) and were cut. A model that is"
             " trained on them learns from cut-off text; train the model that draws them for longer,"
             " or raise max_latent_tokens.",
             file=sys.stderr,
         )
-    metrics["forward_tokens"] = forwarded
-    if not settings.options.extra_draws and reuse != "draws":  # with them the mean is biased
-        metrics["bound_per_token"] = diagnostics.sums["log_mean_weight"] / text_tokens
-    return metrics, _wall_clock_figures(throughputs)
 
 
 def _write_histogram(path: Path, diagnostics: WeightDiagnostics) -> None:
