@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp, softmax
 
+from boltlm.estep.config import EStepSettings
 from boltlm.estep.diagnostics import MAX_HISTOGRAM_BINS, WeightDiagnostics
 from boltlm.estep.importance import iwae_bound, normalized_weights, select_latent
+from boltlm.estep.run import _warn_of_cut_draws
+from boltlm.params import build_settings, load
 from boltlm.records import Sample
-from tests import reference
+from tests import reference, tiny
 
 LOG_WEIGHTS = st.floats(-700, 50)
 
@@ -182,3 +185,15 @@ def test_the_bins_of_a_wide_histogram_are_wider_and_few() -> None:
     assert {high - low for low, high, _ in bins} == {16.0}
     assert sum(count for _, _, count in bins) == 500
     assert bins[0] == (-4000.0, -3984.0, 2)
+
+
+def test_latents_most_of_which_are_cut_are_a_loud_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = build_settings(EStepSettings, load(tiny.ROOT / "params.yaml"), name="em1")
+    _warn_of_cut_draws(settings, 0.5)
+    assert capsys.readouterr().err == ""
+    _warn_of_cut_draws(settings, 0.98)
+    error = capsys.readouterr().err
+    assert error.startswith("WARNING: latents em1: 98% of the draws did not end")
+    assert "max_latent_tokens (48)" in error

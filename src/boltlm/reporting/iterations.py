@@ -35,7 +35,7 @@ PAPER_LABEL = "the paper's value"
 _MARKERS = "oDs^"
 _SERIES_COLORS = (BLUE, "#d55e00", "#009e73", "#cc79a7")
 FAMILY_STYLES = tuple(LineStyle(color, "solid") for color in _SERIES_COLORS)
-REACH = 3  # how far, in ranges of the chain, another model may stretch an axis
+REACH = 2  # how far, in ranges of the chain, another model may stretch an axis
 
 References = Mapping[tuple[str, str], float]  # the paper's values by model and by label of quantity
 
@@ -50,7 +50,7 @@ def draw_by_iteration(
     controls: bool = True,
 ) -> Plot | SkippedPlot:
     """Each quantity by iteration t with error bars; the other models are horizontal lines with a
-    band, or named at the edge where they lie far outside. Quantities that no model of the chain has
+    band, or named below where they lie far outside. Quantities that no model of the chain has
     are left out. `levels`: dotted lines with their labels."""
     chain = em_chain(results.arms)
     if not chain:
@@ -66,13 +66,14 @@ def draw_by_iteration(
         rows += _chain(axes, results, chain, quantity, LineStyle(BLUE, "solid"))
         values = {a: v for a in others if (v := value_of_arm(results, a, quantity))}
         rows += [_row(arm, value) for arm, value in values.items()]
-        for arm, value in _within_reach(axes, values, quantity).items():
+        near, note = _within_reach(axes, values, quantity)
+        for arm, value in near.items():
             draw_level(axes, value, styles[arm.name], legend_label(arm))
         for label, level in (levels or {}).items():
             axes.axhline(level, color="black", linestyle="dotted", linewidth=1.2, label=label)
         _references(axes, chain, quantity, references or {})
         value_axis(axes, quantity)
-        iteration_axis(axes, len(chain))
+        iteration_axis(axes, len(chain), note)
     for axes in grid.flat[len(shown) :]:
         axes.remove()
     order = [CHAIN_LABEL, *map(legend_label, others)]
@@ -199,29 +200,26 @@ def draw_level(axes: Axes, measured: Value, style: LineStyle, label: str) -> Non
         axes.axhspan(low, high, color=style.color, alpha=0.12, linewidth=0)
 
 
-def iteration_axis(axes: Axes, count: int) -> None:
-    """Ticks at the iterations 0, 1, …"""
+def iteration_axis(axes: Axes, count: int, note: str = "") -> None:
+    """Ticks at the iterations 0, 1, …; `note`: below the label."""
     axes.set_xticks(range(count))
     axes.set_xlim(-0.3, count - 0.7)
-    axes.set_xlabel("iteration")
+    axes.set_xlabel(f"iteration\n{note}".strip())
     axes.grid(visible=False, axis="x")
 
 
 def _within_reach(
     axes: Axes, values: Mapping[Arm, Value], quantity: Quantity
-) -> Mapping[Arm, Value]:
-    """The values that do not stretch the axis beyond REACH times the range of the chain; the others
-    are written at its lower edge."""
+) -> tuple[Mapping[Arm, Value], str]:
+    """The values that do not stretch the axis beyond REACH times the range of the chain, and a text
+    that has the others."""
     low, high = axes.get_ylim()
     reach = REACH * max(high - low, MIN_RELATIVE_SPAN * max(abs(low), abs(high)))
     if quantity.unit == FRACTION:
-        return values
+        return values, ""
     near = {a: v for a, v in values.items() if low - reach <= v.value <= high + reach}
     far = [f"{a.name} {v.value:.3f}".replace("-", "−") for a, v in values.items() if a not in near]
-    if far:
-        note = f"outside: {', '.join(far)}"
-        axes.text(0.02, 0.02, note, transform=axes.transAxes, fontsize=7.5, color="#555555")
-    return near
+    return near, f"(not shown: {', '.join(far)})" if far else ""
 
 
 def _references(

@@ -43,9 +43,11 @@ def draw_seeds(results: Results, quantities: Sequence[Quantity]) -> Plot | Skipp
         return SkippedPlot("fewer than two models of an EM chain were repeated with other seeds")
     figure, ((*columns,),) = panels(len(shown), width=3.0, height=3.0)
     styles, rows, others = line_styles(results.arms), list[dict[str, Any]](), list[str]()
+    size = max(int(line["n"]) for line in lines.values())
+    labels = f"EM chain: mean of {size} {over}", f"EM chain: each of the {over}"
     for axes, quantity in zip(columns, shown, strict=True):
         means = {arm: mean for arm in arms if (mean := _mean(lines, arm, quantity))}
-        _draw_chain(axes, {a.iteration or 0: means[a] for a in chain if a in means}, over)
+        _draw_chain(axes, {a.iteration or 0: means[a] for a in chain if a in means}, labels)
         for arm, (value, _) in means.items():
             if arm.iteration is None:
                 others.append(legend_label(arm))
@@ -56,7 +58,7 @@ def draw_seeds(results: Results, quantities: Sequence[Quantity]) -> Plot | Skipp
             rows.append(row | {"values": " ".join(map(repr, singles))})
         value_axis(axes, quantity)
         iteration_axis(axes, len(chain))
-    add_legend(figure, columns, [_mean_label(over), _single_label(over), *others])
+    add_legend(figure, columns, [*labels, *others])
     return Plot(figure, rows)
 
 
@@ -81,21 +83,16 @@ def _mean(lines: _Lines, arm: Arm, quantity: Quantity) -> tuple[Value, list[floa
     return None
 
 
-def _draw_chain(axes: Axes, means: Mapping[int, tuple[Value, list[float]]], over: str) -> None:
+def _draw_chain(
+    axes: Axes, means: Mapping[int, tuple[Value, list[float]]], labels: tuple[str, str]
+) -> None:
+    """Draw the mean and, where each seed has every iteration, its line; `labels` of both."""
     if len({len(singles) for _, singles in means.values()}) == 1:
         for index, values in enumerate(np.array([singles for _, singles in means.values()]).T):
-            label = _single_label(over) if index == 0 else ""
+            label = labels[1] if index == 0 else ""
             axes.plot(list(means), values, color=GREY, linewidth=0.6, alpha=0.7, label=label)
     values = [value for value, _ in means.values()]
     errors = [value.error for value in values]
     style = LineStyle(BLUE, "solid")
     middle = [value.value for value in values]
-    draw_points(axes, list(means), middle, errors, style, label=_mean_label(over))
-
-
-def _mean_label(over: str) -> str:
-    return f"EM chain: mean over {over}"
-
-
-def _single_label(over: str) -> str:
-    return f"EM chain: each of the {over}"
+    draw_points(axes, list(means), middle, errors, style, label=labels[0])
