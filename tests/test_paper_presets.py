@@ -15,7 +15,8 @@ from boltlm.corpus.chunks import ChunkingConfig, chunk_length_distribution
 from boltlm.corpus.split import SplitSettings, stream_corpora
 from boltlm.evaluation.fewshot import PROMPT_FORMS
 from boltlm.evaluation.task_spec import TaskName, TaskSpec
-from boltlm.params import build, build_settings, flatten_params, load
+from boltlm.param_values import build
+from boltlm.params import build_settings, flatten_params, load
 from tests import tiny
 from tests.shrink import QUESTIONS, SHRUNK, shrunk, write_data
 from tests.test_policies import stage_settings

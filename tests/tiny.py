@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from boltlm.corpus.generated import GeneratedSource
 from boltlm.estep.config import SamplingConfig
-from boltlm.params import build, load
+from boltlm.param_values import build
+from boltlm.params import load
 from boltlm.seeds import generator
 from boltlm.sequences.packing import PackedDataset
 from boltlm.tokens import EOL, POST, PRIOR, SOL, SPECIAL_TOKENS, SpecialTokens, TextCoder

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from boltlm.errors import UserError, run_main
-from boltlm.params import PositiveInt, from_key, load_settings
+from boltlm.param_types import PositiveInt
+from boltlm.params import from_key, load_settings
 
 COMPARE_EXAMPLE = """\
 example:

@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 
 from boltlm.corpus.pieces import document_pieces
 from boltlm.errors import UserError
+from boltlm.param_types import Distinct, PositiveFloat, PositiveInt
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 
@@ -49,16 +50,16 @@ class ChunkingConfig:
     max_sentences]. `from_source`: the corpora whose chunks are the pieces that their source lists
     (`columns.pieces`), whatever the lengths."""
 
-    mean_sentences: float
-    min_sentences: int
-    max_sentences: int
-    from_source: tuple[str, ...]
+    mean_sentences: PositiveFloat
+    min_sentences: PositiveInt
+    max_sentences: PositiveInt
+    from_source: Annotated[tuple[str, ...], Distinct()]
 
     def __post_init__(self) -> None:
-        if self.mean_sentences <= 0 or not 1 <= self.min_sentences <= self.max_sentences:
+        if self.min_sentences > self.max_sentences:
             raise UserError(
-                "expected mean_sentences > 0 and 1 ≤ min_sentences ≤ max_sentences, found"
-                f" {self.mean_sentences}, {self.min_sentences} and {self.max_sentences}"
+                f"min_sentences must be at most max_sentences ({self.max_sentences}), found"
+                f" {self.min_sentences}"
             )
 
 

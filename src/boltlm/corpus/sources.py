@@ -15,7 +15,7 @@ from boltlm.corpus.pieces import PieceColumns, read_pieces
 from boltlm.corpus.readers import is_file_name, read_jsonl, read_rows, split_revision, stream_hub
 from boltlm.corpus.shuffle import shuffled
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt, Text
 from boltlm.records import Document, Question
 
 GSM8K_STEM = "The answer is"
@@ -27,10 +27,10 @@ class ColumnMapping:
     what makes documents dependent, such as their book or site. `text: null` takes the pieces,
     joined, as the text."""
 
-    text: str | None
-    doc_id: str | None
-    cluster: str | None
-    latent: str | None
+    text: Text | None
+    doc_id: Text | None
+    cluster: Text | None
+    latent: Text | None
     pieces: PieceColumns | None
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class FilesSource:
     """
 
     kind: Literal["files"]
-    path: str
+    path: Text
     columns: ColumnMapping
     shuffle_buffer: NonNegativeInt | None
 
@@ -59,9 +59,9 @@ class HubSource:
     `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["hub"]
-    name: str
+    name: Text
     config: str | None
-    split: str
+    split: Text
     columns: ColumnMapping
     shuffle_buffer: NonNegativeInt | None
 
@@ -73,7 +73,7 @@ class GSM8KSource:
     in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["gsm8k"]
-    path: str
+    path: Text
     split: Literal["train", "test"]
     shuffle_buffer: NonNegativeInt | None
 
@@ -85,7 +85,7 @@ class MATHSource:
     end in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["math"]
-    path: str
+    path: Text
     split: Literal["train", "test"]
     shuffle_buffer: NonNegativeInt | None
 

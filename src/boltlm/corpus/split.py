@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from boltlm.corpus import sources
-from boltlm.corpus.benchmarks import BenchmarkName, read_benchmark
+from boltlm.corpus.benchmarks import BENCHMARKS, BenchmarkName, read_benchmark
 from boltlm.corpus.chunks import Chunker, ChunkingConfig, LossyTextError
 from boltlm.corpus.contamination import Contamination
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, open_source, take_documents
@@ -22,9 +22,23 @@ from boltlm.corpus.readers import is_file_name
 from boltlm.corpus.reference_latents import by_sentences
 from boltlm.corpus.sources import CorpusSource
 from boltlm.errors import UserError
-from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
+from boltlm.param_types import (
+    CommandText,
+    Distinct,
+    EntryName,
+    Name,
+    NewName,
+    NonNegativeInt,
+    Overlay,
+    PositiveInt,
+    Text,
+)
+from boltlm.params import from_key
 from boltlm.progress import Progress
 from boltlm.records import Chunk, Document, Question, shard_name, write_shard
+
+# Other names of folders of data/split, and of prefixes in metrics.
+CorpusName = Annotated[str, NewName("questions", *BENCHMARKS)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +64,16 @@ class SplitSettings:
     """What the stage `split` reads of params.yaml."""
 
     data_seed: NonNegativeInt
-    inputs: Mapping[str, str]
-    corpora: Mapping[str, CorpusEntry]
+    inputs: Mapping[Name, CommandText]
+    corpora: Mapping[CorpusName, CorpusEntry]
     questions: QuestionsConfig
-    benchmarks: Mapping[BenchmarkName, str]
+    benchmarks: Mapping[BenchmarkName, Text]
     split: SplitConfig
     chunks: ChunkingConfig
     max_latent_tokens: PositiveInt
     heldout_corpus: Annotated[str, EntryName("corpora")] = from_key("evaluate.corpus")
-    extra_corpora: tuple[Annotated[str, EntryName("corpora")], ...] = from_key(
-        "evaluate.extra_corpora"
+    extra_corpora: Annotated[tuple[Annotated[str, EntryName("corpora")], ...], Distinct()] = (
+        from_key("evaluate.extra_corpora")
     )
 
     def __post_init__(self) -> None:

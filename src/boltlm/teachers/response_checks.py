@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt, ProperFraction
 from boltlm.teachers.response_cache import TeacherResponse
 from boltlm.tokens import SPECIAL_TOKENS
 
@@ -72,15 +71,8 @@ class ResponseChecksConfig:
     min_tokens: least length of a response, as our tokenizer counts it; 0: any.
     """
 
-    max_copied_fraction: float | None
+    max_copied_fraction: ProperFraction | None
     min_tokens: NonNegativeInt
-
-    def __post_init__(self) -> None:
-        fraction = self.max_copied_fraction
-        if fraction is not None and not 0 <= fraction < 1:
-            raise UserError(
-                f"max_copied_fraction must be null or between 0 and 1, below 1, found {fraction}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
