@@ -9,6 +9,7 @@ from pathlib import Path
 
 from boltlm.errors import run_main
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.shard_store import repository_path
 from boltlm.timing import timing_path
 from boltlm.training.base import BaseSettings, run_base
@@ -23,6 +24,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     run_base(
         load_settings(BaseSettings, args.params),
         work=repository_path(args.work),

@@ -13,6 +13,7 @@ from boltlm.evaluation.config import CurveSettings
 from boltlm.evaluation.curve_points import summarize_curves, write_curves
 from boltlm.evaluation.snapshot_curves import CurvePaths, measure_curves
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.shard_store import repository_path
 
@@ -28,6 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     settings = load_settings(CurveSettings, args.params, name=args.name)
     work = repository_path(args.work)
     paths = CurvePaths(args.snapshots, args.split, args.chunks, args.fewshot, work)

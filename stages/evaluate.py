@@ -14,6 +14,7 @@ from boltlm.errors import run_main
 from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
 from boltlm.evaluation.run import EvaluationPaths, evaluate_model
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.shard_store import repository_path
 
@@ -29,6 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     kind = BaseEvaluateSettings if args.name == "base" else EvaluateSettings
     settings = load_settings(kind, args.params, name=args.name)
     work = repository_path(args.work)

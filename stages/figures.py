@@ -8,6 +8,7 @@ from pathlib import Path
 
 from boltlm.errors import run_main
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,6 +20,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.report import write_report  # imports matplotlib, which --help need not
 

@@ -12,6 +12,7 @@ from boltlm.errors import run_main
 from boltlm.evaluation.finetune import FinetunePaths, run_finetuning
 from boltlm.evaluation.finetune_config import FinetuneSettings
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.shard_store import repository_path
 
@@ -26,6 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     settings = load_settings(FinetuneSettings, args.params, name=args.name)
     work = repository_path(args.work)
     paths = FinetunePaths(args.model, args.split, args.data, work, args.out)

@@ -15,6 +15,7 @@ from boltlm.estep.compute import check_reuse, record_estep_compute
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.run import run_estep
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.shard_store import repository_path
 from boltlm.timing import timing_path, write_timing
@@ -32,6 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     settings = load_settings(EStepSettings, args.params, name=args.name)
     reused = None if settings.options.reuse == "none" else args.previous
     if reused is not None:

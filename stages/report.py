@@ -14,6 +14,7 @@ from pathlib import Path
 
 from boltlm.errors import run_main
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.shard_store import repository_path
 
 
@@ -27,6 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     from boltlm.reporting import html_report  # imports torch, which --help need not
     from boltlm.reporting.html_config import HtmlReportSettings
 

@@ -13,6 +13,7 @@ from boltlm.corpus.chunks import Chunker
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.errors import run_main
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.tokens import TextCoder, chunk_token_budget
 
@@ -26,6 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     settings = load_settings(SplitSettings, args.params)
     coder = TextCoder(args.base)
     budget = chunk_token_budget(coder.context_length, settings.max_latent_tokens)

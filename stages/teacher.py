@@ -14,6 +14,7 @@ from pathlib import Path
 
 from boltlm.errors import run_main
 from boltlm.params import load_settings
+from boltlm.preflight.check import check_params
 from boltlm.records import write_json
 from boltlm.shard_store import repository_path
 from boltlm.teachers.config import TeacherSettings
@@ -32,6 +33,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     counts = run_teacher(
         load_settings(TeacherSettings, args.params, name=args.name),
         TextCoder(args.base),

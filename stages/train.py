@@ -15,6 +15,7 @@ from pathlib import Path
 from boltlm.checkpoint import final_weights
 from boltlm.errors import run_main
 from boltlm.params import flatten_params, load, load_settings
+from boltlm.preflight.check import check_params
 from boltlm.shard_store import repository_path
 from boltlm.timing import timing_path
 from boltlm.training.config import TrainSettings
@@ -33,6 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_params(args.params)
     settings = load_settings(TrainSettings, args.params, name=args.name)
     hook = line_logger = None
     if config := settings.model.train.validation:

@@ -14,6 +14,7 @@ NEUTRAL_MODULES = frozenset(
     {
         "boltlm.errors",
         "boltlm.progress",
+        "boltlm.preflight.check",
         "boltlm.timing",
         "boltlm.evaluation.validation",
         "boltlm.reporting.live_logging",

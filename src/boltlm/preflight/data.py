@@ -16,7 +16,7 @@ from boltlm.param_values import Finding, ParamsError
 from boltlm.params import build_settings
 from boltlm.preflight.models import checkpoint_findings
 from boltlm.preflight.settings import GraphSettings, section_entries
-from boltlm.teachers.prompts import PromptTemplate
+from boltlm.teachers.prompts import PARAPHRASE_STYLES, PromptTemplate
 
 
 def data_findings(params: Mapping[str, Any]) -> Iterator[Finding]:
@@ -69,9 +69,10 @@ def _prompt_findings(params: Mapping[str, Any], graph: GraphSettings) -> Iterato
     """Templates of teachers that ask a model, and the examples of the prompt set `synthetic`."""
     for entry in section_entries(params, "teachers").values():
         task = entry.get("task") if isinstance(entry, Mapping) else None
-        if task in ("latent", "solve"):
+        names = [f"wrap_orig.{style}" for style in PARAPHRASE_STYLES]
+        for name in names if task == "wrap_orig" else [task] if isinstance(task, str) else []:
             try:
-                PromptTemplate.read(Path(graph.teacher_prompts), task)
+                PromptTemplate.read(Path(graph.teacher_prompts), name)
             except UserError as error:
                 yield Finding("", str(error))
     tasks = section_entries(params, "evaluate").get("tasks")
@@ -82,6 +83,6 @@ def _prompt_findings(params: Mapping[str, Any], graph: GraphSettings) -> Iterato
             continue
         if spec.prompts == "synthetic":
             try:
-                fewshot_examples(spec, "", Path(graph.fewshot_prompts))
+                fewshot_examples(spec.task, spec.prompts, "", Path(graph.fewshot_prompts))
             except UserError as error:
                 yield Finding("", str(error))

@@ -1,0 +1,1 @@
+"""The sub-commands of `boltlm`, in groups; the command line itself is `boltlm.cli`."""
