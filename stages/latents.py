@@ -24,9 +24,8 @@ from boltlm.timing import timing_path, write_timing
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("params", "model", "split", "chunks", "previous", "work", "timings"):
-        parser.add_argument(f"--{flag}", type=Path, required=True)
-    for flag in ("previous-model", "out", "metrics", "histogram"):
+    inputs = ("params", "model", "split", "chunks", "previous", "previous-model", "work", "timings")
+    for flag in (*inputs, "out", "metrics", "histogram"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from boltlm.errors import run_main
 from boltlm.params import build_settings, flatten_params, load
-from boltlm.preflight.check import check_params
 from boltlm.reporting import mlflow_tracking
 from boltlm.reporting.arms import ReportSettings
 from boltlm.reporting.results import experiment_points, read_results, run_points
@@ -29,7 +28,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_params(args.params)
     params = load(args.params)
     settings = build_settings(ReportSettings, params)
     results = read_results(settings, args.metrics, repository_path(args.timings))

@@ -23,7 +23,16 @@ from tests.stage_deps import DVC_YAML, SCRIPT, required_sources, rewritten
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "boltlm"
-PACKAGES = ["corpus", "sequences", "teachers", "training", "estep", "evaluation", "reporting", "preflight"]
+PACKAGES = [
+    "corpus",
+    "sequences",
+    "teachers",
+    "training",
+    "estep",
+    "evaluation",
+    "reporting",
+    "preflight",
+]
 STAGES = yaml.safe_load(DVC_YAML.read_text("utf-8"))["stages"]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -85,6 +85,25 @@ def enumerable(folder: Path) -> Tiny:
     return Tiny(model, TextCoder(folder))
 
 
+def without_entries(params: dict[str, Any]) -> dict[str, Any]:
+    """Params without teachers, latents, models, curves and runs, so that a test can name its own
+    and none is left that refers to others."""
+    finetune = params["finetune"] | {"runs": {}}
+    return params | {
+        "teachers": {},
+        "latents": {},
+        "models": {},
+        "curves": {},
+        "finetune": finetune,
+    }
+
+
+def raw_entry(corpus: str) -> dict[str, Any]:
+    """An entry of `models` trained on raw text."""
+    entry = {"parent": "base", "corpus": corpus, "data": f"split/{corpus}", "format": "raw"}
+    return {**entry, "mix_corpus": corpus}
+
+
 def coder_folder(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     """A folder that a TextCoder can read: the tokenizer with the four special tokens."""
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)

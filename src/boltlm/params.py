@@ -116,6 +116,7 @@ def _overlays(hint: Any) -> Iterable[Overlay]:
     """The overlays in a type and in the dataclasses that it is made of."""
     if typing.get_origin(hint) is Annotated:
         yield from (extra for extra in hint.__metadata__ if isinstance(extra, Overlay))
+        hint = hint.__origin__
     for inner in typing.get_args(hint):
         yield from _overlays(inner)
     if dataclasses.is_dataclass(hint):

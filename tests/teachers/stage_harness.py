@@ -206,10 +206,13 @@ class TeacherStage:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.params = load(tiny.ROOT / "params.yaml")
-        self.params["corpora"] = {"em": {"documents": self.documents, "source": {}}}
+        self.params = tiny.without_entries(load(tiny.ROOT / "params.yaml"))
+        self.params["corpora"] = {
+            "base": {"documents": 1, "source": {"pages": "primer"}},
+            "em": {"documents": self.documents, "source": {}},
+            "heldout": {"documents": 1, "source": {"problems": "held_out"}},
+        }
         self.params["questions"]["count"] = 0
-        self.params["evaluate"]["corpus"] = "em"
         self.params["split"]["shard_documents"] = -(-self.documents // 2)
         self.params["chunks"] = {
             "mean_sentences": 1,

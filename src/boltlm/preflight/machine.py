@@ -6,6 +6,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def _launcher(launcher: object) -> Iterator[Finding]:
         yield Finding("launcher", f" is no shell command ({error}), found {launcher!r}")
         return
     program = next((word for word in words if "=" not in word), None)
-    if program and not set(program) & set("$`(") and shutil.which(program) is None:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    if program and not set(program) & set("$`(") and shutil.which(program, path=path) is None:
         yield Finding("launcher", f": there is no program '{program}' here; found {launcher!r}")
 
 

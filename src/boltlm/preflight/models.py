@@ -30,7 +30,9 @@ def checkpoint_findings(key: str, model: str) -> Iterator[Finding]:
     folder = Path(model)
     if not folder.is_dir():
         if folder.exists() or not is_hub_name(model):
-            yield Finding(key, f": there is no folder '{model}'; correct the path, or give a hub name")
+            yield Finding(
+                key, f": there is no folder '{model}'; correct the path, or give a hub name"
+            )
         return
     try:
         config = _read_json(folder / "config.json")
@@ -66,7 +68,7 @@ def _problems(
             f" found {window!r}"
         )
     yield from _token_problems(folder, config, tokenizer)
-    yield from _weight_problems(folder, config, tokenizer)
+    yield from _weight_problems(folder, tokenizer)
 
 
 def _token_problems(
@@ -94,9 +96,7 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> int | None:
     return len(vocab) if isinstance(vocab, list) else None
 
 
-def _weight_problems(
-    folder: Path, config: Mapping[str, Any], tokenizer: Mapping[str, Any]
-) -> Iterator[str]:
+def _weight_problems(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -111,12 +111,11 @@ def _weight_problems(
             yield str(error)
     vocabulary = _vocabulary(tokenizer)
     for name, shape in shapes.items():
-        if name.endswith(_EMBEDDINGS) and shape and vocabulary is not None:
-            if vocabulary > shape[0]:
-                yield (
-                    f"its tokenizer has {vocabulary} tokens, but {name} has only {shape[0]} rows;"
-                    " they belong to different models"
-                )
+        if name.endswith(_EMBEDDINGS) and shape and vocabulary and vocabulary > shape[0]:
+            yield (
+                f"its tokenizer has {vocabulary} tokens, but {name} has only {shape[0]} rows; they"
+                " belong to different models"
+            )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         listed = set(_read_json(index).get("weight_map", {}).values())

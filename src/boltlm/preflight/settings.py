@@ -85,7 +85,9 @@ def _build_findings(kind: type[Any], params: Mapping[str, Any], name: str) -> It
 def _unknown_keys(params: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys at the top, or in a section of which stages read single keys, that no stage reads. The
     keys in other sections are those of the section's own settings class."""
-    keys = {key for kind in [GraphSettings, *STAGE_SETTINGS.values()] for key in settings_keys(kind)}
+    keys = {
+        key for kind in [GraphSettings, *STAGE_SETTINGS.values()] for key in settings_keys(kind)
+    }
     top = sorted({key.partition(".")[0] for key in keys})
     for name in params:
         if name not in top:
