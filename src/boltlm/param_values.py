@@ -211,6 +211,8 @@ def _annotated(hint: Any, value: Any, where: str, params: Mapping[str, Any]) -> 
         try:
             return convert(hint.__origin__, merged, where, params)
         except ParamsError as error:
+            if merged is value:  # of another kind than the section, so none of it comes from there
+                raise
             origins = [_at_its_origin(f, where, value, overlay.section) for f in error.findings]
             raise ParamsError(origins) from error
     converted = convert(hint.__origin__, value, where, params)

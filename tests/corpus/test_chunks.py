@@ -22,6 +22,7 @@ from boltlm.corpus.chunks import (
     split_sentences,
 )
 from boltlm.errors import UserError
+from boltlm.param_values import build
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 from boltlm.tokens import EOL, SOL, SPECIAL_TOKENS, TextCoder, chunk_token_budget
@@ -351,6 +352,54 @@ def test_impossible_lengths_are_an_error() -> None:
     """Otherwise a mean of 0 or an empty range would fail inside numpy."""
     for mean, minimum, maximum in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
         with pytest.raises(UserError, match="sentences"):
-            ChunkingConfig(
-                mean_sentences=mean, min_sentences=minimum, max_sentences=maximum, from_source=()
-            )
+            lengths = {"mean_sentences": mean, "min_sentences": minimum, "max_sentences": maximum}
+            build(ChunkingConfig, {**lengths, "from_source": []}, "chunks")
+
+
+class CountingEncoder:
+    """A token for each character, and the number of characters that were encoded."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.characters += len(text)
+        return list(map(ord, text))
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def prefix_characters(self, text: str, tokens: int) -> int:
+        self.characters += len(text)
+        return min(tokens, len(text))
+
+
+@pytest.mark.parametrize("text", ["ab, ", ".", "\n", "中", "。", "a. ", '."'], ids=ascii)
+def test_the_work_for_a_token_does_not_grow_with_the_document(text: str) -> None:
+    """With sentence ends and without, a document 50 times as long takes 50 times the encoding."""
+    work: list[int] = []
+    for length in (4_000, 200_000):
+        encoder = CountingEncoder()
+        document = Document(doc_id="d", text=(text * length)[:length], source="tests")
+        chunk_list = Chunker(SHORT, encoder, 100, seed=1).chunks(document)
+        assert "".join(chunk.text for chunk in chunk_list) == document.text
+        assert max(len(chunk.tokens) for chunk in chunk_list) <= 100
+        work.append(encoder.characters)
+    assert work[1] <= 55 * work[0]
+
+
+@given(st.text(alphabet="ab .!?…。！？｡\"')」\n\tA1é", max_size=80))
+def test_sentences_of_scripts_without_spaces(text: str) -> None:
+    """No sentence goes on after 。 ！ ？ or ｡ and closing marks, and the text is restored."""
+    sentences = split_sentences(text)
+    assert "".join(sentences) == text
+    for sentence in sentences:
+        assert not re.search(
+            r"[。！？｡]+[\"'”’)\]」』）】》]*[^\s。！？｡\"'”’)\]」』）】》]", sentence
+        )
+
+
+def test_sentence_ends_in_chinese_text() -> None:
+    """Also before a closing quotation mark, and without white space after them."""
+    text = "他说：「好。」我们走吧！为什么？ 没有"
+    assert split_sentences(text) == ["他说：「好。」", "我们走吧！", "为什么？", " 没有"]

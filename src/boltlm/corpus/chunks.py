@@ -20,12 +20,17 @@ from boltlm.param_types import Distinct, PositiveFloat, PositiveInt
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 
-# A sentence ends after . ! ? or … and closing marks if white space follows, and before a blank
-# line, but not after an initial or one of these abbreviations.
+# A sentence ends after . ! ? or … and closing marks if white space follows, after 。 ！ ？ or ｡ and
+# closing marks, and before a blank line, but not after an initial or one of these abbreviations.
 _ABBREVIATIONS = (
     "e.g|i.e|cf|vs|etc|al|Fig|Figs|Eq|Eqs|Sec|Ch|No|Dr|Mr|Mrs|Ms|Prof|St|Thm|Def|approx|resp"
 )
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|(?=\n[ \t]*\n)")
+# Every run of marks is read once (possessive quantifiers, a start only where a run starts), so the
+# time is linear in the length of any text.
+_END = re.compile(
+    r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s)|[。！？｡]++[\"'”’)\]」』）】》]*+|(?=\n[ \t]*+\n)"
+)
+_NON_SPACE = re.compile(r"\S")
 _NO_END = re.compile(rf"(?:^|[\s(])(?:{_ABBREVIATIONS}|[A-Z])\.$")
 _LOOK_BACK = 16  # characters, more than the longest abbreviation has
 
@@ -80,18 +85,25 @@ def split_sentences(text: str) -> list[str]:
     `"".join(split_sentences(text)) == text` for every text; a text of white space is one sentence,
     the empty text has none.
     """
-    edges = [0]
+    edges, words = [0], _next_word(text, 0)
     for match in _END.finditer(text):
         end = match.end()
         if match[0]:
             ends = not _NO_END.search(text[max(edges[-1], end - _LOOK_BACK) : end])
         else:
-            ends = bool(text[edges[-1] : end].strip())
+            ends = words < end
         if ends:
             edges.append(end)
+            words = _next_word(text, end)
     if len(edges) > 1 and not text[edges[-1] :].strip():
         edges.pop()
     return [text[start:end] for start, end in itertools.pairwise([*edges, len(text)]) if text]
+
+
+def _next_word(text: str, start: int) -> int:
+    """Where the white space from `start` on ends, at the latest at the end of the text."""
+    match = _NON_SPACE.search(text, start)
+    return match.start() if match else len(text)
 
 
 def chunk_length_distribution(config: ChunkingConfig) -> np.ndarray:
@@ -171,26 +183,44 @@ class Chunker:
         """The sentences as one text if that is short enough, otherwise as several. A sentence is
         cut only if it is too long by itself."""
         text = "".join(sentences)
-        if len(self.encoder.encode(text)) <= self.max_chunk_tokens:
+        if not self._window(text)[1]:
             yield text
             return
         self.cut_chunks += 1
         pending = ""
         for sentence in sentences:
-            if pending and len(self.encoder.encode(pending + sentence)) > self.max_chunk_tokens:
+            if pending and self._window(pending + sentence)[1]:
                 yield pending
                 pending = ""
             pending += sentence
-            while len(self.encoder.encode(pending)) > self.max_chunk_tokens:
-                prefix = self._fitting_prefix(pending)
+            start = 0  # of what is left of a long sentence
+            while prefix := self._fitting_prefix(pending, start):
                 yield prefix
-                pending = pending[len(prefix) :]
+                start += len(prefix)
+            pending = pending[start:]
         if pending:
             yield pending
 
-    def _fitting_prefix(self, text: str) -> str:
-        """A prefix that is short enough when it is encoded alone. It ends where a token of `text`
-        ends if possible, otherwise where the ratio of tokens to characters suggests."""
+    def _window(self, text: str, start: int = 0) -> tuple[str, bool]:
+        """The text from `start` on, or as much of it as certainly has more than `max_chunk_tokens`
+        tokens, and whether it has more: the time for a cut does not grow with the document."""
+        size = self.max_chunk_tokens + _LOOK_BACK
+        while True:
+            window = text[start : start + size]
+            tokens = len(self.encoder.encode(window))
+            if start + size >= len(text):
+                return window, tokens > self.max_chunk_tokens
+            if tokens > self.max_chunk_tokens + _LOOK_BACK:
+                return window, True
+            size *= 2
+
+    def _fitting_prefix(self, text: str, start: int) -> str:
+        """A prefix of the text from `start` on that is short enough when it is encoded alone; empty
+        where the text itself is. It ends where a token ends if possible, otherwise where the ratio
+        of tokens to characters suggests."""
+        text, is_too_long = self._window(text, start)
+        if not is_too_long:
+            return ""
         size = min(self.encoder.prefix_characters(text, self.max_chunk_tokens), len(text) - 1)
         while size > 0:
             tokens = len(self.encoder.encode(text[:size]))
