@@ -351,8 +351,8 @@ def test_a_documents_chunks_depend_on_nothing_else(base_coder: TextCoder) -> Non
 def test_impossible_lengths_are_an_error() -> None:
     """Otherwise a mean of 0 or an empty range would fail inside numpy."""
     for mean, minimum, maximum in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
+        lengths = {"mean_sentences": mean, "min_sentences": minimum, "max_sentences": maximum}
         with pytest.raises(UserError, match="sentences"):
-            lengths = {"mean_sentences": mean, "min_sentences": minimum, "max_sentences": maximum}
             build(ChunkingConfig, {**lengths, "from_source": []}, "chunks")
 
 

@@ -80,6 +80,8 @@ class _BenchmarkFormat:
 
 
 def _parse_gsm8k(row: Mapping[str, Any]) -> _ParsedRow:
+    if not row["answer"].rpartition("####")[2].strip():
+        raise UserError(f"'answer' has no final answer, found {row['answer'][-60:]!r}")
     return "", row["question"], (), row["answer"]
 
 

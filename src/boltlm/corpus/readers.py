@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
-from pyarrow import ArrowException
 
 from boltlm.errors import UserError
+from boltlm.parquet_files import named_errors
 
 DATA_FILE_TYPES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -53,12 +53,9 @@ def read_parquet(path: str) -> Iterator[dict[str, Any]]:
 
     Raises UserError naming the file where it is not Parquet.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+    with named_errors(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
 def read_text(row: Mapping[str, Any], column: str, location: str) -> str:
