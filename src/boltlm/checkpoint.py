@@ -43,13 +43,13 @@ def load_model(folder: Path, precision: Precision = "float32") -> PreTrainedMode
         raise UserError(f"{folder}: no model in it (config.json); run the stage that trains it")
     logging.disable_progress_bar()
     try:
-        model: Any
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, precision), use_safetensors=True, output_loading_info=True
         )
     except (ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: the model cannot be read ({reason}); make it again") from error
+    model, report = loaded
     require_all_weights(str(folder), report)
     return model.to(default_device()).eval()
 

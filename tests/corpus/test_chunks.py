@@ -376,16 +376,16 @@ class CountingEncoder:
 
 @pytest.mark.parametrize("text", ["ab, ", ".", "\n", "中", "。", "a. ", '."'], ids=ascii)
 def test_the_work_for_a_token_does_not_grow_with_the_document(text: str) -> None:
-    """With sentence ends and without, a document 50 times as long takes 50 times the encoding."""
+    """With sentence ends and without, a document 20 times as long takes 20 times the encoding."""
     work: list[int] = []
-    for length in (4_000, 200_000):
+    for length in (1_000, 20_000):
         encoder = CountingEncoder()
         document = Document(doc_id="d", text=(text * length)[:length], source="tests")
         chunk_list = Chunker(SHORT, encoder, 100, seed=1).chunks(document)
         assert "".join(chunk.text for chunk in chunk_list) == document.text
         assert max(len(chunk.tokens) for chunk in chunk_list) <= 100
         work.append(encoder.characters)
-    assert work[1] <= 55 * work[0]
+    assert work[1] <= 23 * work[0]
 
 
 @given(st.text(alphabet="ab .!?…。！？｡\"')」\n\tA1é", max_size=80))

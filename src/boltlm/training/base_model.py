@@ -58,12 +58,13 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast
     arguments = {"revision": revision} if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **arguments
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base.model '{name}' cannot be loaded: {reason}") from error
+    model, report = loaded
     require_all_weights(f"base.model '{name}'", report)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
