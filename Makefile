@@ -11,6 +11,7 @@ RUN := PATH="$(BIN):$$PATH"
 
 .PHONY: repro test check deps ui chaos
 repro: .venv/ready
+	$(RUN) boltlm check
 	$(RUN) dvc repro
 
 test: .venv/ready

@@ -53,7 +53,8 @@ from boltlm.estep.samplers import (  # noqa: E402
 )
 from boltlm.estep.shard_worker import build_estep, context_token_budget  # noqa: E402
 from boltlm.estep.verify_weights import exact_log_prob  # noqa: E402
-from boltlm.params import PositiveInt, build_settings, load  # noqa: E402
+from boltlm.param_types import PositiveInt  # noqa: E402
+from boltlm.params import build_settings, load  # noqa: E402
 from boltlm.records import Chunk, read_table  # noqa: E402
 from boltlm.sequences import layouts  # noqa: E402
 

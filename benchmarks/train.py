@@ -30,7 +30,8 @@ sys.path[:0] = [str(ROOT / "src")]
 from sides import add_paths, measured  # noqa: E402
 
 from boltlm import checkpoint  # noqa: E402
-from boltlm.params import build, load  # noqa: E402
+from boltlm.param_values import build  # noqa: E402
+from boltlm.params import load  # noqa: E402
 from boltlm.seeds import generator  # noqa: E402
 from boltlm.sequences import packing, store  # noqa: E402
 from boltlm.sequences.formatter import SequenceFormatter  # noqa: E402

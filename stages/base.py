@@ -19,6 +19,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.params import load_settings
     from boltlm.shard_store import repository_path
     from boltlm.timing import timing_path

@@ -22,6 +22,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.evaluation.config import CurveSettings
     from boltlm.evaluation.curve_points import summarize_curves, write_curves
     from boltlm.evaluation.snapshot_curves import CurvePaths, measure_curves

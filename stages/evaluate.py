@@ -24,6 +24,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.evaluation.config import BaseEvaluateSettings, EvaluateSettings
     from boltlm.evaluation.run import EvaluationPaths, evaluate_model
     from boltlm.params import load_settings

@@ -18,6 +18,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.params import load_settings
     from boltlm.reporting.experiment import FigureSettings
     from boltlm.reporting.report import write_report  # imports matplotlib, which --help need not

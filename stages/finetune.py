@@ -21,6 +21,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.evaluation.finetune import FinetunePaths, run_finetuning
     from boltlm.evaluation.finetune_config import FinetuneSettings
     from boltlm.params import load_settings

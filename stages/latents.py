@@ -2,9 +2,8 @@
 
     python stages/latents.py --params params.yaml --name em1 --model models/warmstart \
         --split data/split/em --chunks data/chunks/em --previous data/chunks/em \
-        --previous-model models/warmstart --work .work --timings timings \
-        --out data/latents/em1 --metrics metrics/latents/em1.json \
-        --histogram metrics/latents/em1.csv
+        --previous-model models/warmstart --work .work --timings timings --out data/latents/em1 \
+        --metrics metrics/latents/em1.json --histogram metrics/latents/em1.csv
 """
 
 import argparse
@@ -16,15 +15,17 @@ from boltlm.errors import run_main
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True)
-    for flag in ("params", "model", "split", "chunks", "previous", "work", "timings"):
-        parser.add_argument(f"--{flag}", type=Path, required=True)
-    for flag in ("previous-model", "out", "metrics", "histogram"):
+    inputs = ("params", "model", "split", "chunks", "previous", "previous-model", "work", "timings")
+    for flag in (*inputs, "out", "metrics", "histogram"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.estep.compute import check_reuse, record_estep_compute
     from boltlm.estep.config import EStepSettings
     from boltlm.estep.run import run_estep
@@ -34,8 +35,7 @@ def main() -> None:
     from boltlm.timing import timing_path, write_timing
 
     settings = load_settings(EStepSettings, args.params, name=args.name)
-    reused = None if settings.options.reuse == "none" else args.previous
-    if reused is not None:
+    if (reused := None if settings.options.reuse == "none" else args.previous) is not None:
         check_reuse(args.model, reused)
     metrics, timing = run_estep(
         settings,

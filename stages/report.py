@@ -25,6 +25,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.params import load_settings
     from boltlm.reporting import html_report  # imports torch, which --help need not
     from boltlm.reporting.experiment_identity import report_path

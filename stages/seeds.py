@@ -8,8 +8,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.reporting.seed_tables import SeedsSettings, aggregate_experiment
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,6 +19,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
+    from boltlm.params import load_settings
+    from boltlm.reporting.seed_tables import SeedsSettings, aggregate_experiment
+
     settings = load_settings(SeedsSettings, args.params)
     aggregate_experiment(settings, args.metrics, args.collected, args.out)
 

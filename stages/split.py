@@ -21,6 +21,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.corpus.chunker import Chunker
     from boltlm.corpus.split import SplitSettings, split_corpora
     from boltlm.params import load_settings

@@ -10,10 +10,6 @@ import argparse
 from pathlib import Path
 
 from boltlm.errors import run_main
-from boltlm.params import load_settings
-from boltlm.reporting.arms import ReportSettings
-from boltlm.reporting.headline import write_summary
-from boltlm.reporting.results import read_results
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,6 +21,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
+    from boltlm.params import load_settings
+    from boltlm.reporting.arms import ReportSettings
+    from boltlm.reporting.headline import write_summary
+    from boltlm.reporting.results import read_results
+
     settings = load_settings(ReportSettings, args.params)
     write_summary(read_results(settings, args.metrics), args.out, args.tables)
 

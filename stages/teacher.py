@@ -26,6 +26,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.params import load_settings
     from boltlm.records import write_json
     from boltlm.shard_store import repository_path

@@ -25,6 +25,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    from boltlm.preflight.check import check_params
+
+    check_params(args.params)
     from boltlm.checkpoint import final_weights
     from boltlm.params import flatten_params, load, load_settings
     from boltlm.shard_store import repository_path
@@ -38,13 +41,10 @@ def main() -> None:
     if config := settings.model.train.validation:
         from boltlm.evaluation.validation import ValidationSettings, validation_hook
 
-        hook = validation_hook(
-            load_settings(ValidationSettings, args.params),
-            config,
-            latent=settings.model.format == "latent",
-            tokenizer=final_weights(args.parent),
-            heldout=args.heldout,
-        )
+        draws = load_settings(ValidationSettings, args.params)
+        latent = settings.model.format == "latent"
+        places = {"tokenizer": final_weights(args.parent), "heldout": args.heldout}
+        hook = validation_hook(draws, config, latent=latent, **places)
     if settings.model.train.log_live and process_state().is_main_process:
         from boltlm.reporting.live_logging import live_logger, tracking_store
 

@@ -22,7 +22,8 @@ import yaml
 
 from boltlm.corpus.benchmarks import STEM_SUBJECTS
 from boltlm.corpus.generated import GeneratedSource, generate_documents
-from boltlm.params import build, load
+from boltlm.param_values import build
+from boltlm.params import load
 from tests import tiny
 from tests.teachers.server import KEY
 from tests.teachers.stage_harness import ServerProcess

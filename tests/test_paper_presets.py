@@ -15,10 +15,11 @@ from boltlm.corpus.chunks import ChunkingConfig, chunk_length_distribution
 from boltlm.corpus.split import SplitSettings, stream_corpora
 from boltlm.evaluation.fewshot import PROMPT_FORMS
 from boltlm.evaluation.task_spec import TaskName, TaskSpec
-from boltlm.params import build, build_settings, flatten_params, load
+from boltlm.param_values import build
+from boltlm.params import build_settings, flatten_params, load
+from boltlm.preflight.check import params_findings
 from tests import tiny
 from tests.shrink import QUESTIONS, SHRUNK, shrunk, write_data
-from tests.test_policies import stage_settings
 
 PAPER: dict[str, Any] = yaml.safe_load((tiny.ROOT / "tests" / "paper.yaml").read_text("utf-8"))
 PRESETS = [name for name in PAPER if name.startswith("paper-")]
@@ -167,11 +168,7 @@ def test_a_shrunken_preset_is_the_same_graph(name: str, tmp_path: Path) -> None:
     params = load(tiny.ROOT / "presets" / f"{name}.yaml")
     write_data(tmp_path / "data")
     small = shrunk(params, tmp_path / "data", "http://127.0.0.1:1/v1")
-    for stage, kind in stage_settings().items():
-        section = {"teacher": "teachers", "latents": "latents", "finetune": "finetune.runs"}
-        section |= {"train": "models", "evaluate": "models", "curves": "curves"}
-        for entry in entries(small, section[stage]) if stage in section else [""]:
-            build_settings(kind, small, name=entry)
+    assert list(params_findings(small)) == []
     before, after = flatten_params(params), flatten_params(small)
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     sizes = r"corpora\.\w+\.(documents|source.*)|models\.\w+\.(budget\.amount|train\.batch_size)"

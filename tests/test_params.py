@@ -9,12 +9,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from boltlm.errors import UserError
+from boltlm.param_types import EntryName, EntryPath, NonNegativeInt, Overlay, PositiveInt
 from boltlm.params import (
-    EntryName,
-    EntryPath,
-    NonNegativeInt,
-    Overlay,
-    PositiveInt,
     build_settings,
     flatten_params,
     from_key,

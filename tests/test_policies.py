@@ -16,12 +16,23 @@ import yaml
 from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
 from boltlm.fingerprint import NEUTRAL_MODULES, import_closure, imported_modules
-from boltlm.params import build_settings, load, settings_keys
+from boltlm.params import load, settings_keys
+from boltlm.preflight.check import params_findings
+from boltlm.preflight.settings import STAGE_SETTINGS
 from tests.stage_deps import DVC_YAML, SCRIPT, required_sources, rewritten
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "boltlm"
-PACKAGES = ["corpus", "sequences", "teachers", "training", "estep", "evaluation", "reporting"]
+PACKAGES = [
+    "corpus",
+    "sequences",
+    "teachers",
+    "training",
+    "estep",
+    "evaluation",
+    "reporting",
+    "preflight",
+]
 STAGES = yaml.safe_load(DVC_YAML.read_text("utf-8"))["stages"]
 PARAMS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,59 +87,18 @@ def test_an_edit_of_a_neutral_module_makes_no_stage_stale(stage: str) -> None:
         assert f"src/{name.replace('.', '/')}.py" not in deps
 
 
-def stage_settings() -> dict[str, Any]:
-    """The settings class of each stage that has one."""
-    from boltlm.corpus.split import SplitSettings
-    from boltlm.estep.config import EStepSettings
-    from boltlm.evaluation.config import BaseEvaluateSettings, CurveSettings, EvaluateSettings
-    from boltlm.evaluation.finetune_config import FinetuneSettings
-    from boltlm.reporting.arms import ReportSettings
-    from boltlm.reporting.experiment import FigureSettings
-    from boltlm.reporting.html_config import HtmlReportSettings
-    from boltlm.reporting.seed_tables import SeedsSettings
-    from boltlm.teachers.config import TeacherSettings
-    from boltlm.training.base import BaseSettings
-    from boltlm.training.config import TrainSettings
-
-    return {
-        "base": BaseSettings,
-        "split": SplitSettings,
-        "teacher": TeacherSettings,
-        "train": TrainSettings,
-        "latents": EStepSettings,
-        "evaluate": EvaluateSettings,
-        "evaluate_base": BaseEvaluateSettings,
-        "curves": CurveSettings,
-        "finetune": FinetuneSettings,
-        "seeds": SeedsSettings,
-        "figures": FigureSettings,
-        "summary": ReportSettings,
-        "report": HtmlReportSettings,
-    }
-
-
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("input", "track")])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage in STAGE_SETTINGS])
 def test_a_stage_depends_on_exactly_the_params_that_it_reads(stage: str) -> None:
     """The keys of a stage's settings class are its `params` in dvc.yaml."""
     declared = {key.replace("${key}", "{name}") for key in definition(stage)["params"]}
-    assert declared == settings_keys(stage_settings()[stage])
+    assert declared == settings_keys(STAGE_SETTINGS[stage])
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
 def test_params_build_the_settings_of_every_stage(path: Path) -> None:
     """Every entry has the right keys and types, and names entries that exist."""
     params = load(path)
-    entries = {
-        "teacher": params["teachers"],
-        "train": params["models"],
-        "latents": params["latents"],
-        "evaluate": params["models"],
-        "curves": params["curves"],
-        "finetune": params["finetune"]["runs"],
-    }
-    for stage, kind in stage_settings().items():
-        for name in entries.get(stage, [""]):
-            build_settings(kind, params, name=name)
+    assert list(params_findings(params)) == []
 
 
 @pytest.mark.parametrize("path", PARAMS[1:], ids=lambda path: path.stem)
@@ -220,7 +190,10 @@ def test_only_entry_points_read_params() -> None:
     """Below the stages and the command line nothing takes params as a raw mapping."""
     readers = {"load", "load_settings", "build_settings"}
     for path in SOURCES:
-        if path.name in ("params.py", "cli.py") or path.parent.name == "commands":
+        if path.name in ("params.py", "param_values.py", "cli.py") or path.parent.name in (
+            "commands",
+            "preflight",
+        ):
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module == "boltlm.params":

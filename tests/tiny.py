@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from boltlm.corpus.generated import GeneratedSource
 from boltlm.estep.config import SamplingConfig
-from boltlm.params import build, load
+from boltlm.param_values import build
+from boltlm.params import load
 from boltlm.seeds import generator
 from boltlm.sequences.packing import PackedDataset
 from boltlm.tokens import EOL, POST, PRIOR, SOL, SPECIAL_TOKENS, SpecialTokens, TextCoder
@@ -82,6 +83,25 @@ def enumerable(folder: Path) -> Tiny:
     tokenizer = Tokenizer(models.WordLevel(VOCAB, unk_token="a"))
     tokenizer.save(str(folder / "tokenizer.json"))
     return Tiny(model, TextCoder(folder))
+
+
+def without_entries(params: dict[str, Any]) -> dict[str, Any]:
+    """Params without teachers, latents, models, curves and runs, so that a test can name its own
+    and none is left that refers to others."""
+    finetune = params["finetune"] | {"runs": {}}
+    return params | {
+        "teachers": {},
+        "latents": {},
+        "models": {},
+        "curves": {},
+        "finetune": finetune,
+    }
+
+
+def raw_entry(corpus: str) -> dict[str, Any]:
+    """An entry of `models` trained on raw text."""
+    entry = {"parent": "base", "corpus": corpus, "data": f"split/{corpus}", "format": "raw"}
+    return {**entry, "mix_corpus": corpus}
 
 
 def coder_folder(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

@@ -4,6 +4,7 @@ import ctypes
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from boltlm.errors import UserError
-from boltlm.params import Precision
+from boltlm.param_types import Precision
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # parameters of mallopt(3)
@@ -36,13 +37,31 @@ def keep_freed_memory() -> None:
 def load_model(folder: Path, precision: Precision = "float32") -> PreTrainedModel:
     """The causal LM in `folder`, in evaluation mode, on the GPU where there is one.
 
-    Raises UserError where the folder holds no model.
+    Raises UserError where the folder holds no model, or one that is damaged or lacks weights.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model in it (config.json); run the stage that trains it")
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, precision))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, precision), use_safetensors=True, output_loading_info=True
+        )
+    except (ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: the model cannot be read ({reason}); make it again") from error
+    model, report = loaded
+    require_all_weights(str(folder), report)
     return model.to(default_device()).eval()
+
+
+def require_all_weights(what: str, report: Mapping[str, Any]) -> None:
+    """Raises UserError where the library reports that it has drawn weights at random, because the
+    files lack them or have them in another shape."""
+    if missing := sorted(map(str, report["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{what} lacks the weights {missing[0]}{more}; copy or save it again")
+    if other := sorted(map(str, report["mismatched_keys"])):
+        raise UserError(f"{what} has weights of another shape than its config.json: {other[0]}")
 
 
 def final_weights(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 
 from boltlm.commands.analysis import add_analysis_commands
+from boltlm.commands.check import add_check_command
 from boltlm.commands.init import add_init_command
 from boltlm.commands.plan import add_plan_command
 from boltlm.commands.teachers import add_teacher_commands
@@ -18,10 +19,12 @@ def main() -> None:
 
 def _run_command() -> None:
     parser = argparse.ArgumentParser(
-        prog="boltlm", description="Plan an experiment, try its parts, analyse what it made."
+        prog="boltlm",
+        description="Check and plan an experiment, try its parts, analyse what it made.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_init_command(commands)
+    add_check_command(commands)
     add_plan_command(commands)
     add_teacher_commands(commands)
     add_trial_commands(commands)

@@ -16,6 +16,7 @@ NEUTRAL_MODULES = frozenset(
         "boltlm.errors",
         "boltlm.interruption",
         "boltlm.progress",
+        "boltlm.preflight.check",
         "boltlm.timing",
         "boltlm.evaluation.validation",
         "boltlm.reporting.live_logging",

@@ -7,6 +7,7 @@ that is made from a corpus, so that each can be processed without the others.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from boltlm.errors import UserError
+from boltlm.parquet_files import read_columns, read_schema, require_columns
 from boltlm.shard_store import atomic_write
 
 _TOKENS = pa.list_(pa.int32())
@@ -212,20 +214,24 @@ def write_shard(path: Path, kind: type[_R], records: Iterable[_R]) -> None:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a table in order. Raises UserError where there are none."""
+    """The shards of a table in order. Raises UserError where there are none, or one is missing
+    before others."""
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise UserError(f"{folder}: no *.parquet in it; run the stage that makes it (dvc repro)")
+    numbers = [int(path.stem) for path in paths if re.fullmatch(r"\d{5}", path.stem)]
+    if lost := [n for n in range(max(numbers, default=-1)) if n not in set(numbers)]:
+        raise UserError(f"{folder}: {shard_name(lost[0])} is missing; run dvc checkout or repro")
     return paths
 
 
 def read_shard(path: Path, kind: type[_R]) -> list[_R]:
     """The records of one shard. Raises UserError where a column is missing or of another type."""
     _check(path, kind)
-    present = set(pq.read_schema(path).names)
+    present = set(read_schema(path).names)
     all_names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
     names = [name for name in all_names if name in present]
-    columns = pq.read_table(path, columns=names).to_pydict()
+    columns = read_columns(path, names).to_pydict()
     lists = {field.name for field in kind.schema if pa.types.is_list(field.type)}
     for name in lists.intersection(names):
         columns[name] = [None if value is None else tuple(value) for value in columns[name]]
@@ -234,12 +240,7 @@ def read_shard(path: Path, kind: type[_R]) -> list[_R]:
 
 
 def _check(path: Path, kind: type[_R]) -> None:
-    schema = pq.read_schema(path)
-    for field in kind.schema:
-        if field.name in _OPTIONAL.get(kind, ()) and field.name not in schema.names:
-            continue
-        if field.name not in schema.names or schema.field(field.name).type != field.type:
-            raise UserError(f"{path}: column '{field.name}' ({field.type}) is missing or differs")
+    require_columns(path, kind.schema, _OPTIONAL.get(kind, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ def read_tokens(path: Path, kind: type[_R], *, only: str | None = None) -> Token
     column that must be true in the rows to read. Raises UserError as `read_shard` does."""
     _check(path, kind)
     columns = ["doc_id", "chunk", "tokens", *([only] if only else [])]
-    table = pq.read_table(path, columns=columns)
+    table = read_columns(path, columns)
     if only:
         table = table.filter(table.column(only))
     tokens = table.column("tokens").combine_chunks()
@@ -280,7 +281,7 @@ def read_column(path: Path, kind: type[_R], name: str) -> np.ndarray:
     """A column of one shard, in the order of its rows. Raises UserError as `read_shard`
     does."""
     _check(path, kind)
-    return pq.read_table(path, columns=[name]).column(name).to_numpy()
+    return read_columns(path, [name]).column(name).to_numpy()
 
 
 def read_table(folder: Path, kind: type[_R]) -> Iterator[_R]:

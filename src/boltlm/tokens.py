@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,6 +20,8 @@ from boltlm.errors import UserError
 
 SOL, EOL, PRIOR, POST = "<|latent|>", "<|/latent|>", "<|prior|>", "<|posterior|>"
 SPECIAL_TOKENS = (SOL, EOL, PRIOR, POST)
+# Where a model's config.json has the length of its context window; GPT-2 has the second.
+CONTEXT_LENGTH_KEYS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +51,16 @@ class TextCoder:
             if not path.is_file():
                 raise UserError(f"{path}: no such file; run the stage 'base' (dvc repro base)")
         self.model = model
-        self.tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"{tokenizer_path}: not a tokenizer ({error})") from error
         self.tokenizer.encode_special_tokens = True
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        self.context_length: int = config["max_position_embeddings"]
+        config = _read_config(config_path)
+        self.context_length: int = _config_int(config, config_path, *CONTEXT_LENGTH_KEYS)
         self.special_tokens = SpecialTokens(
-            bos=config["bos_token_id"],
-            eos=_first(config["eos_token_id"]),
+            bos=_config_int(config, config_path, "bos_token_id"),
+            eos=_config_int(config, config_path, "eos_token_id"),
             sol=self._special_id(model, SOL),
             eol=self._special_id(model, EOL),
             prior=self._special_id(model, PRIOR),
@@ -148,10 +154,6 @@ def chunk_token_budget(context_length: int, max_latent_tokens: int) -> int:
     return context_length - max_latent_tokens - 6
 
 
-def _first(value: int | list[int]) -> int:
-    return value[0] if isinstance(value, list) else value
-
-
 def _byte_level(piece: str) -> bytes:
     """The bytes of a token of a byte-level tokenizer, which writes each byte as one character."""
     try:
@@ -174,3 +176,23 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {
         chr(256 + index): byte for index, byte in enumerate(hidden)
     }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _config_int(config: dict[str, Any], path: Path, *keys: str) -> int:
+    """The first of the keys that a model's configuration has; of a list, its first element. Raises
+    UserError where that is no integer of 0 or more."""
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    value = value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"{path}: {' or '.join(keys)} must be an integer, found {value!r}")
+    return value

@@ -21,6 +21,7 @@ from boltlm.corpus.chunks import (
     split_sentences,
 )
 from boltlm.errors import UserError
+from boltlm.param_values import build
 from boltlm.records import Chunk, Document
 from boltlm.seeds import generator
 from boltlm.tokens import EOL, SOL, SPECIAL_TOKENS, TextCoder, chunk_token_budget
@@ -407,10 +408,9 @@ def test_a_documents_chunks_depend_on_nothing_else(base_coder: TextCoder) -> Non
 def test_impossible_lengths_are_an_error() -> None:
     """Otherwise a mean of 0 or an empty range would fail inside numpy."""
     for mean, minimum, maximum in ((0, 1, 2), (8, 0, 2), (8, 3, 2)):
+        lengths = {"mean_sentences": mean, "min_sentences": minimum, "max_sentences": maximum}
         with pytest.raises(UserError, match="sentences"):
-            ChunkingConfig(
-                mean_sentences=mean, min_sentences=minimum, max_sentences=maximum, from_source=()
-            )
+            build(ChunkingConfig, {**lengths, "from_source": []}, "chunks")
 
 
 @given(st.text(alphabet="ab .!?…。！？｡\"')」\n\tA1é", max_size=80))

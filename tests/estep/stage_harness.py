@@ -22,8 +22,10 @@ DOCUMENTS = 7
 
 def small_params() -> dict[str, Any]:
     """params.yaml with one small training corpus, and short latents."""
-    params = load(tiny.ROOT / "params.yaml")
+    params = tiny.without_entries(load(tiny.ROOT / "params.yaml"))
+    params["models"] = {name: tiny.raw_entry("em") for name in ("warmstart", "em1")}
     params["corpora"] = {
+        "base": {"documents": 1, "source": {"pages": "primer"}},
         "em": {"documents": DOCUMENTS, "source": {}},
         "heldout": {"documents": 1, "source": {"problems": "held_out"}},
     }

@@ -12,7 +12,7 @@ from scipy.special import logsumexp, softmax
 from boltlm.estep.config import EStepSettings
 from boltlm.estep.diagnostics import MAX_HISTOGRAM_BINS, WeightDiagnostics
 from boltlm.estep.importance import iwae_bound, normalized_weights, select_latent
-from boltlm.estep.run import _warn_of_cut_draws
+from boltlm.estep.run import _warn_of_forced_draws
 from boltlm.params import build_settings, load
 from boltlm.records import Sample
 from tests import reference, tiny
@@ -191,9 +191,9 @@ def test_latents_most_of_which_are_cut_are_a_loud_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = build_settings(EStepSettings, load(tiny.ROOT / "params.yaml"), name="em1")
-    _warn_of_cut_draws(settings, 0.5)
+    _warn_of_forced_draws(settings, 0.5)
     assert capsys.readouterr().err == ""
-    _warn_of_cut_draws(settings, 0.98)
+    _warn_of_forced_draws(settings, 0.98)
     error = capsys.readouterr().err
-    assert error.startswith("WARNING: latents em1: 98% of the draws did not end")
+    assert error.startswith("warning: latents.em1: 98% of the latents were cut")
     assert "max_latent_tokens (48)" in error

@@ -19,7 +19,7 @@ from boltlm.corpus.chunker import Chunker
 from boltlm.corpus.split import SplitSettings, split_corpora
 from boltlm.params import build_settings, load
 from boltlm.records import Chunk, Document, read_shard, shard_paths
-from boltlm.teachers.config import DatasetTeacherConfig, ImportTeacherConfig, TeacherSettings
+from boltlm.teachers.config import TeacherSettings
 from boltlm.teachers.job import ModelTeacher
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
 from boltlm.teachers.run import run_teacher
@@ -210,10 +210,13 @@ class TeacherStage:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.params = load(tiny.ROOT / "params.yaml")
-        self.params["corpora"] = {"em": {"documents": self.documents, "source": {}}}
+        self.params = tiny.without_entries(load(tiny.ROOT / "params.yaml"))
+        self.params["corpora"] = {
+            "base": {"documents": 1, "source": {"pages": "primer"}},
+            "em": {"documents": self.documents, "source": {}},
+            "heldout": {"documents": 1, "source": {"problems": "held_out"}},
+        }
         self.params["questions"]["count"] = 0
-        self.params["evaluate"]["corpus"] = "em"
         self.params["split"]["shard_documents"] = -(-self.documents // 2)
         self.params["chunks"] = {
             "mean_sentences": 1,
@@ -250,7 +253,7 @@ class TeacherStage:
     def config(self) -> ModelTeacher:
         """The teacher's own settings."""
         teacher = self.settings.teacher
-        assert not isinstance(teacher, DatasetTeacherConfig | ImportTeacherConfig)
+        assert isinstance(teacher, ModelTeacher)
         return teacher
 
     @property

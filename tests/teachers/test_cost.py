@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boltlm.errors import UserError
+from boltlm.param_values import build
 from boltlm.teachers.cost import CostBudget, Prices
 
 # A request: the most that it can cost, and the fraction of it that it does cost; None: its answer
@@ -88,5 +89,5 @@ def test_money_is_left_to_the_last_request_that_fits() -> None:
 def test_prices_that_are_none_are_refused(name: str, value: float) -> None:
     """A negative price would make the budget grow, one that is no number would disable it."""
     prices = {"input_usd": 0.15, "output_usd": 0.6, "batch_factor": 0.5, name: value}
-    with pytest.raises(UserError, match=f"{name} must be a number that is 0 or more"):
-        Prices(**prices, as_of="2025-01-01")
+    with pytest.raises(UserError, match=rf"prices\.{name} must be (0 or more|a finite number)"):
+        build(Prices, {**prices, "as_of": "2025-01-01"}, "prices")

@@ -404,7 +404,7 @@ def test_the_most_tokens_of_a_request_are_bytes_and_marks() -> None:
 
 
 def _config() -> OpenAIChatConfig:
-    from boltlm.params import build
+    from boltlm.param_values import build
     from tests.teachers.stage_harness import COMMON_KEYS, KEYS_BY_KIND
 
     params = {"corpora": {"em": {}}}

@@ -139,11 +139,10 @@ def write_random_chunks(folder: Path, *, documents: int, tokens: int, max_id: in
 def raw_run_params(budget: dict[str, Any], sequence_length: int, **train: Any) -> dict[str, Any]:
     """params.yaml with a single model `arm`, trained on raw documents. `train`: changes to the
     section of that name."""
-    params = load(tiny.ROOT / "params.yaml")
+    params = tiny.without_entries(load(tiny.ROOT / "params.yaml"))
     params["train"] |= train
     params["sequences"] |= {"sequence_length": sequence_length, "layout": "document"}
-    entry = {"parent": "base", "corpus": "em", "data": "split/em", "format": "raw", "train": {}}
-    params["models"] = {"arm": {**entry, "mix_corpus": "em", "budget": budget}}
+    params["models"] = {"arm": {**tiny.raw_entry("em"), "train": {}, "budget": budget}}
     return params
 
 

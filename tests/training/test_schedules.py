@@ -1,12 +1,14 @@
 """Learning rates: the closed forms, at points that can be computed by hand."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from boltlm.errors import UserError
+from boltlm.param_values import build
 from boltlm.training.schedules import ScheduleConfig, learning_rate
 
 
@@ -116,11 +118,11 @@ def test_impossible_schedules_are_an_error(
 ) -> None:
     """A negative warm-up, or a minimum above the peak or below 0."""
     with pytest.raises(UserError, match=message):
-        cosine(warmup, min_lr_ratio)
+        build(ScheduleConfig, asdict(cosine(warmup, min_lr_ratio)), "schedule")
 
 
 @pytest.mark.parametrize("decay_fraction", [0.0, 1.5])
 def test_the_decay_is_a_fraction_of_the_steps(decay_fraction: float) -> None:
     """With a decay of no step, `final` would equal `predecay`."""
     with pytest.raises(UserError, match="decay_fraction"):
-        wsd(0.1, decay_fraction, 0.1)
+        build(ScheduleConfig, asdict(wsd(0.1, decay_fraction, 0.1)), "schedule")

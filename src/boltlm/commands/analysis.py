@@ -7,7 +7,8 @@ from pathlib import Path
 
 from boltlm.commands.parser import Commands, add_command
 from boltlm.errors import UserError
-from boltlm.params import PositiveInt, load, load_settings
+from boltlm.param_types import PositiveInt
+from boltlm.params import load, load_settings
 
 COMPARE_EXAMPLE = """\
 examples:

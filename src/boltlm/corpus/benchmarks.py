@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from boltlm.corpus.readers import is_file_name, read_rows, stream_hub
+from boltlm.corpus.readers import is_file_name, read_label, read_rows, read_text, stream_hub
 from boltlm.errors import UserError
 
 BenchmarkName = Literal["gsm8k", "math", "mmlu_stem"]
@@ -80,6 +80,8 @@ class _BenchmarkFormat:
 
 
 def _parse_gsm8k(row: Mapping[str, Any]) -> _ParsedRow:
+    if not row["answer"].rpartition("####")[2].strip():
+        raise UserError(f"'answer' has no final answer, found {row['answer'][-60:]!r}")
     return "", row["question"], (), row["answer"]
 
 
@@ -91,9 +93,16 @@ def _parse_math(row: Mapping[str, Any]) -> _ParsedRow:
 
 
 def _parse_mmlu(row: Mapping[str, Any]) -> _ParsedRow:
-    choices, answer = tuple(row["choices"]), row["answer"]
-    if len(choices) != len(_CHOICE_LETTERS) or answer not in range(len(_CHOICE_LETTERS)):
-        raise UserError(f"expected four choices and an answer 0 to 3, found {choices}, {answer!r}")
+    listed, answer = row["choices"], row["answer"]
+    choices = tuple(listed) if isinstance(listed, list) else ()
+    texts = all(isinstance(choice, str) for choice in choices)
+    if (
+        not texts
+        or isinstance(answer, bool)
+        or len(choices) != len(_CHOICE_LETTERS)
+        or answer not in range(len(_CHOICE_LETTERS))
+    ):
+        raise UserError(f"expected four choices and an answer 0 to 3, found {listed!r}, {answer!r}")
     return row["subject"], row["question"], choices, _CHOICE_LETTERS[answer]
 
 
@@ -170,6 +179,9 @@ def _item(
                 f"{location}: no column '{column}'; {name} needs {', '.join(columns)},"
                 f" and the row has {', '.join(row)}"
             )
+    # The texts; `choices` and `answer` of MMLU are judged where they are parsed.
+    for column in set(columns) - ({"choices", "answer"} if name == "mmlu_stem" else set()):
+        read_text(row, column, location)
     try:
         subject, question, choices, solution = _ROW_FORMATS[name].parse(row)
     except UserError as error:
@@ -177,7 +189,7 @@ def _item(
     number = counts[subject]
     counts[subject] += 1
     parts = (name, *([subject] if subject else []), split, f"{number:05d}")
-    item_id = str(row["id"]) if "id" in row else "-".join(parts)
+    item_id = read_label(row, "id", location) if "id" in row else "-".join(parts)
     return BenchmarkItem(
         item_id=item_id,
         subject=subject,

@@ -4,10 +4,12 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from boltlm.errors import UserError
+from boltlm.param_types import Distinct, PositiveFloat, PositiveInt
 
 # A sentence ends after . ! ? or … and closing marks if white space follows, after 。 ！ ？ or ｡ and
 # closing marks, and before a blank line, but not after an initial or one of these abbreviations.
@@ -30,16 +32,16 @@ class ChunkingConfig:
     max_sentences]. `from_source`: the corpora whose chunks are the pieces that their source lists
     (`columns.pieces`), whatever the lengths."""
 
-    mean_sentences: float
-    min_sentences: int
-    max_sentences: int
-    from_source: tuple[str, ...]
+    mean_sentences: PositiveFloat
+    min_sentences: PositiveInt
+    max_sentences: PositiveInt
+    from_source: Annotated[tuple[str, ...], Distinct()]
 
     def __post_init__(self) -> None:
-        if self.mean_sentences <= 0 or not 1 <= self.min_sentences <= self.max_sentences:
+        if self.min_sentences > self.max_sentences:
             raise UserError(
-                "expected mean_sentences > 0 and 1 ≤ min_sentences ≤ max_sentences, found"
-                f" {self.mean_sentences}, {self.min_sentences} and {self.max_sentences}"
+                f"min_sentences must be at most max_sentences ({self.max_sentences}), found"
+                f" {self.min_sentences}"
             )
 
 

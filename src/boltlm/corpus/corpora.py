@@ -11,7 +11,7 @@ from typing import Annotated
 from boltlm.corpus import sources
 from boltlm.corpus.sources import CorpusSource
 from boltlm.errors import UserError
-from boltlm.params import Overlay, PositiveInt
+from boltlm.param_types import Overlay, PositiveInt
 from boltlm.records import Document
 
 BASE_CORPUS = "base"  # the stage `base` reads this corpus straight from its source

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt
 from boltlm.records import Document, Question
 from boltlm.seeds import generator, uniform
 

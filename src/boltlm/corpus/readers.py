@@ -3,13 +3,13 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
-from pyarrow import ArrowInvalid
 
 from boltlm.errors import UserError
+from boltlm.parquet_files import named_errors
 
 DATA_FILE_TYPES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -36,8 +36,11 @@ def read_jsonl(path: str) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except ValueError as error:
                     raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+                except RecursionError:
+                    message = f"{path}, line {number}: not JSON: nested too deeply"
+                    raise UserError(message) from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: expected one JSON object on each line")
                 yield row
@@ -50,12 +53,48 @@ def read_parquet(path: str) -> Iterator[dict[str, Any]]:
 
     Raises UserError naming the file where it is not Parquet.
     """
+    with named_errors(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def read_text(row: Mapping[str, Any], column: str, location: str) -> str:
+    """A column's text. Raises UserError where it is none, or cannot be written as UTF-8."""
+    text = optional_text(row, column, location)
+    if text is None:
+        raise UserError(f"{location}: column '{column}' is not text, found None")
+    return text
+
+
+def optional_text(row: Mapping[str, Any], column: str, location: str) -> str | None:
+    """A column's text or null. Raises UserError as `read_text` does."""
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{location}: column '{column}' is not text, found {_shortened(value)}")
+    return None if value is None else _encodable(value, column, location)
+
+
+def read_label(row: Mapping[str, Any], column: str, location: str) -> str:
+    """A column's text or number, as text. Raises UserError for other values."""
+    value = row[column]
+    if not isinstance(value, str | int | float) or value == "":
+        raise UserError(
+            f"{location}: column '{column}' must be a text or a number, found {_shortened(value)}"
+        )
+    return _encodable(str(value), column, location)
+
+
+def _encodable(text: str, column: str, location: str) -> str:
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {error}") from error
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{location}: column '{column}' has half of a surrogate pair") from None
+    return text
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def is_file_name(path: str) -> bool:

@@ -13,15 +13,18 @@ from boltlm.corpus.pieces import PieceColumns, read_pieces
 from boltlm.corpus.readers import (
     DATA_FILE_TYPES,
     is_file_name,
+    optional_text,
     read_jsonl,
+    read_label,
     read_rows,
+    read_text,
     split_revision,
     stream_hub,
 )
 from boltlm.corpus.shuffle import shuffled
 from boltlm.corpus.text_files import TextsSource, file_names, find_files, read_texts
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt, Text
 from boltlm.records import Document, Question
 
 GSM8K_STEM = "The answer is"
@@ -33,10 +36,10 @@ class ColumnMapping:
     what makes documents dependent, such as their book or site. `text: null` takes the pieces,
     joined, as the text."""
 
-    text: str | None
-    doc_id: str | None
-    cluster: str | None
-    latent: str | None
+    text: Text | None
+    doc_id: Text | None
+    cluster: Text | None
+    latent: Text | None
     pieces: PieceColumns | None
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class FilesSource:
     """
 
     kind: Literal["files"]
-    path: str
+    path: Text
     columns: ColumnMapping
     shuffle_buffer: NonNegativeInt | None
 
@@ -65,9 +68,9 @@ class HubSource:
     `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["hub"]
-    name: str
+    name: Text
     config: str | None
-    split: str
+    split: Text
     columns: ColumnMapping
     shuffle_buffer: NonNegativeInt | None
 
@@ -79,7 +82,7 @@ class GSM8KSource:
     in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["gsm8k"]
-    path: str
+    path: Text
     split: Literal["train", "test"]
     shuffle_buffer: NonNegativeInt | None
 
@@ -91,7 +94,7 @@ class MATHSource:
     end in `@<revision>`. `shuffle_buffer` as in `FilesSource`."""
 
     kind: Literal["math"]
-    path: str
+    path: Text
     split: Literal["train", "test"]
     shuffle_buffer: NonNegativeInt | None
 
@@ -115,7 +118,7 @@ def read_documents(config: CorpusSource, seed: int) -> Iterator[Document]:
     if isinstance(config, GeneratedSource):
         documents = generate_documents(config, seed)
     elif isinstance(config, GSM8KSource):
-        documents = (_gsm8k_document(row, i, config.split) for i, row in _gsm8k_rows(config))
+        documents = (_gsm8k_document(row, i, config) for i, row in _gsm8k_rows(config))
     elif isinstance(config, MATHSource):
         items = read_benchmark("math", config.path, config.split)
         documents = map(_math_document, items)
@@ -134,7 +137,7 @@ def read_questions(config: CorpusSource, seed: int) -> Iterator[Question]:
     if isinstance(config, GeneratedSource):
         return generate_questions(config, seed)
     if isinstance(config, GSM8KSource):
-        return (_gsm8k_question(row, i, config.split) for i, row in _gsm8k_rows(config))
+        return (_gsm8k_question(row, i, config) for i, row in _gsm8k_rows(config))
     raise UserError(f"corpus kind '{config.kind}' has no questions; set questions.count to 0")
 
 
@@ -145,10 +148,13 @@ def parse_gsm8k_row(row: Mapping[str, Any]) -> tuple[str, str, str]:
     """
     if "question" not in row or "answer" not in row:
         raise UserError(f"GSM8K rows need 'question' and 'answer'; this one has {', '.join(row)}")
-    derivation, mark, answer = row["answer"].rpartition("####")
+    question, solution = (read_text(row, name, "GSM8K") for name in ("question", "answer"))
+    derivation, mark, answer = solution.rpartition("####")
     if not mark:
-        raise UserError(f"GSM8K answer without '####': {row['answer'][-60:]!r}")
-    return row["question"], re.sub(r"<<[^>]*>>", "", derivation).strip(), answer.strip()
+        raise UserError(f"GSM8K answer without '####': {solution[-60:]!r}")
+    if not answer.strip():
+        raise UserError(f"GSM8K answer without a number after '####': {solution[-60:]!r}")
+    return question, re.sub(r"<<[^>]*>>", "", derivation).strip(), answer.strip()
 
 
 def format_gsm8k_answer(answer: str) -> str:
@@ -172,17 +178,22 @@ def _mapped_documents(
         for column in (columns.text, columns.doc_id, columns.cluster, columns.latent, pieces):
             if column is not None and column not in row:
                 raise UserError(f"{location}: no column '{column}'; the row has {', '.join(row)}")
+        # A text without a UTF-8 encoding is dropped, and counted, by the stage `split`.
         text = None if columns.text is None else row[columns.text]
         if columns.text is not None and not isinstance(text, str):
-            raise UserError(f"{location}: column '{columns.text}' is not text")
+            raise UserError(f"{location}: column '{columns.text}' is not text, found {text!r:.60}")
         listed = read_pieces(row, text, columns.pieces, location) if columns.pieces else []
-        cluster = row[columns.cluster] if columns.cluster else None
+        has_cluster = columns.cluster and row[columns.cluster] is not None
         yield Document(
-            doc_id=str(row[columns.doc_id]) if columns.doc_id else f"{source}:{index}",
+            doc_id=read_label(row, columns.doc_id, location)
+            if columns.doc_id
+            else f"{source}:{index}",
             text="".join(piece for piece, _ in listed) if text is None else text,
             source=source,
-            cluster=None if cluster is None else str(cluster),
-            latent=row[columns.latent] if columns.latent else None,
+            cluster=read_label(row, columns.cluster, location)
+            if columns.cluster and has_cluster
+            else None,
+            latent=optional_text(row, columns.latent, location) if columns.latent else None,
             thoughts=tuple(latent for _, latent in listed) if columns.pieces else None,
             pieces=tuple(len(piece) for piece, _ in listed) if columns.pieces else None,
         )
@@ -198,20 +209,28 @@ def _gsm8k_rows(config: GSM8KSource) -> Iterator[tuple[int, dict[str, Any]]]:
     return enumerate(read_jsonl(config.path))
 
 
-def _gsm8k_document(row: Mapping[str, Any], index: int, split: str) -> Document:
-    question, derivation, answer = parse_gsm8k_row(row)
+def _parsed_gsm8k(row: Mapping[str, Any], index: int, path: str) -> tuple[str, str, str]:
+    """`parse_gsm8k_row` of a row of a file or data set, which errors name."""
+    try:
+        return parse_gsm8k_row(row)
+    except UserError as error:
+        raise UserError(f"{path}, row {index + 1}: {error}") from error
+
+
+def _gsm8k_document(row: Mapping[str, Any], index: int, config: GSM8KSource) -> Document:
+    question, derivation, answer = _parsed_gsm8k(row, index, config.path)
     return Document(
-        doc_id=f"gsm8k-{split}-{index:05d}",
+        doc_id=f"gsm8k-{config.split}-{index:05d}",
         text=f"{question}\n{format_gsm8k_answer(answer)}",
         source="gsm8k",
         latent=derivation,
     )
 
 
-def _gsm8k_question(row: Mapping[str, Any], index: int, split: str) -> Question:
-    question, derivation, answer = parse_gsm8k_row(row)
+def _gsm8k_question(row: Mapping[str, Any], index: int, config: GSM8KSource) -> Question:
+    question, derivation, answer = _parsed_gsm8k(row, index, config.path)
     return Question(
-        question_id=f"gsm8k-{split}-{index:05d}",
+        question_id=f"gsm8k-{config.split}-{index:05d}",
         subject="",
         prompt=question,
         stem=GSM8K_STEM,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from boltlm.corpus import sources
-from boltlm.corpus.benchmarks import BenchmarkName, read_benchmark
+from boltlm.corpus.benchmarks import BENCHMARKS, BenchmarkName, read_benchmark
 from boltlm.corpus.chunker import Chunker
 from boltlm.corpus.chunks import ChunkingConfig
 from boltlm.corpus.contamination import Contamination
@@ -32,13 +32,27 @@ from boltlm.corpus.split_shards import (
     chunking_folder,
 )
 from boltlm.errors import UserError
-from boltlm.params import EntryName, NonNegativeInt, Overlay, PositiveInt, from_key
+from boltlm.param_types import (
+    CommandText,
+    Distinct,
+    EntryName,
+    Name,
+    NewName,
+    NonNegativeInt,
+    Overlay,
+    PositiveInt,
+    Text,
+)
+from boltlm.params import from_key
 from boltlm.progress import Progress
 from boltlm.records import Document, Question, shard_name, write_shard
 from boltlm.shard_store import publish_files
 from boltlm.worker_pool import process_items
 
 _Item = TypeVar("_Item")
+
+# Other names of folders of data/split, and of prefixes in metrics.
+CorpusName = Annotated[str, NewName("questions", *BENCHMARKS)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,16 +80,16 @@ class SplitSettings:
     """What the stage `split` reads of params.yaml."""
 
     data_seed: NonNegativeInt
-    inputs: Mapping[str, str]
-    corpora: Mapping[str, CorpusEntry]
+    inputs: Mapping[Name, CommandText]
+    corpora: Mapping[CorpusName, CorpusEntry]
     questions: QuestionsConfig
-    benchmarks: Mapping[BenchmarkName, str]
+    benchmarks: Mapping[BenchmarkName, Text]
     split: SplitConfig
     chunks: ChunkingConfig
     max_latent_tokens: PositiveInt
     heldout_corpus: Annotated[str, EntryName("corpora")] = from_key("evaluate.corpus")
-    extra_corpora: tuple[Annotated[str, EntryName("corpora")], ...] = from_key(
-        "evaluate.extra_corpora"
+    extra_corpora: Annotated[tuple[Annotated[str, EntryName("corpora")], ...], Distinct()] = (
+        from_key("evaluate.extra_corpora")
     )
 
     def __post_init__(self) -> None:

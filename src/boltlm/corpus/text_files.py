@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt, require_positive
+from boltlm.param_types import NonNegativeInt, PositiveInt
 from boltlm.records import Document
 
 TEXT_FILE_TYPES = (".txt", ".md", ".markdown")
@@ -29,11 +29,8 @@ class TextsSource:
     kind: Literal["texts"]
     path: str
     unit: Literal["file", "heading"]
-    max_characters: int | None
+    max_characters: PositiveInt | None
     shuffle_buffer: NonNegativeInt | None
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_characters")
 
 
 def find_files(path: str, types: tuple[str, ...]) -> list[str]:

@@ -4,16 +4,21 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from boltlm.errors import UserError
-from boltlm.params import (
+from boltlm.param_types import (
+    Above,
+    Below,
     EntryName,
     EntryPath,
+    NonNegativeFloat,
     NonNegativeInt,
     Overlay,
+    PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     Precision,
-    from_key,
-    require_positive,
+    Text,
 )
+from boltlm.params import from_key
 from boltlm.sequences.layouts import Layout
 
 Selection = Literal["weighted", "uniform", "best"]
@@ -41,19 +46,12 @@ class SamplingConfig:
     precision: Precision
     batch_tokens: PositiveInt
     rescore_q: bool
-    gpu_memory_utilization: float
+    gpu_memory_utilization: Annotated[float, Above(0), Below(1)]
     executor: Literal["local", "ray"]
     workers: PositiveInt
-    gpus_per_worker: float
+    gpus_per_worker: NonNegativeFloat
     threads: PositiveInt | None
-    address: str | None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization < 1:
-            raise UserError(
-                "gpu_memory_utilization must be above 0 and below 1, found"
-                f" {self.gpu_memory_utilization}"
-            )
+    address: Text | None
 
     @property
     def fingerprint_facts(self) -> dict[str, str | int | bool]:
@@ -81,18 +79,13 @@ class EStepOptions:
 
     method: Literal["importance", "smc"]
     selection: Selection
-    temperature: float
+    temperature: PositiveFloat
     prior_draws: NonNegativeInt
     extra_draws: NonNegativeInt
-    min_ess_fraction: float
+    min_ess_fraction: PositiveFraction
     reuse: Literal["none", "draws", "selected"]
 
     def __post_init__(self) -> None:
-        require_positive(self, "temperature")
-        if not 0 < self.min_ess_fraction <= 1:
-            raise UserError(
-                f"min_ess_fraction must be above 0 and at most 1, found {self.min_ess_fraction}"
-            )
         is_plain = not self.prior_draws and not self.extra_draws
         if self.method == "smc" and not (
             is_plain and self.reuse == "none" and self.selection == "weighted"

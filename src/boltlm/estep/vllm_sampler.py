@@ -19,7 +19,7 @@ import torch
 
 from boltlm.errors import UserError
 from boltlm.estep.samplers import Draw, SampleKey
-from boltlm.params import Precision
+from boltlm.param_types import Precision
 from boltlm.seeds import generator
 from boltlm.sequences.layouts import TokenIds
 from boltlm.tokens import SpecialTokens

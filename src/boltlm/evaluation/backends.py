@@ -17,7 +17,7 @@ from boltlm import checkpoint
 from boltlm.errors import UserError
 from boltlm.evaluation.fewshot import encode_prompt
 from boltlm.evaluation.task_spec import Backend
-from boltlm.params import Precision
+from boltlm.param_types import Precision
 from boltlm.tokens import TextCoder
 
 

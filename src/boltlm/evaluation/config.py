@@ -8,7 +8,8 @@ from boltlm.corpus.benchmarks import BenchmarkName
 from boltlm.errors import UserError
 from boltlm.estep.config import DrawSettings
 from boltlm.evaluation.task_spec import Backend, TaskSpec, require_benchmark
-from boltlm.params import EntryName, Overlay, PositiveInt, from_key
+from boltlm.param_types import Distinct, EntryName, NonEmpty, Overlay, PositiveInt, Text
+from boltlm.params import from_key
 from boltlm.training.config import CompletedModelEntry
 
 
@@ -34,11 +35,11 @@ class EvaluateConfig:
     """
 
     corpus: Annotated[str, EntryName("corpora")]
-    extra_corpora: tuple[Annotated[str, EntryName("corpora")], ...]
-    k_samples: tuple[PositiveInt, ...]
+    extra_corpora: Annotated[tuple[Annotated[str, EntryName("corpora")], ...], Distinct()]
+    k_samples: Annotated[tuple[PositiveInt, ...], NonEmpty(), Distinct()]
     large_k: LargeKConfig | None
-    tasks: tuple[str, ...]
-    cues: tuple[str, ...]
+    tasks: Annotated[tuple[str, ...], Distinct()]
+    cues: Annotated[tuple[str, ...], NonEmpty(), Distinct()]
     backend: Backend
     batch_size: PositiveInt
     max_thought_tokens: PositiveInt
@@ -46,15 +47,15 @@ class EvaluateConfig:
     limit: PositiveInt | None
 
     def __post_init__(self) -> None:
-        if not self.k_samples:
-            raise UserError("k_samples must list one number or more, found none")
         if self.large_k and self.large_k.k_samples <= max(self.k_samples):
             raise UserError(
                 f"large_k.k_samples must be above those of k_samples ({max(self.k_samples)}), found"
                 f" {self.large_k.k_samples}"
             )
-        if not self.cues:
-            raise UserError('cues must list one text or more, found none; "" is no cue')
+        for task in self.tasks:
+            TaskSpec.parse(task)
+        if self.corpus in self.extra_corpora:
+            raise UserError(f"extra_corpora must not list the corpus itself, found {self.corpus}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +65,7 @@ class BaseEvaluateSettings(DrawSettings):
 
     name: str
     evaluate: EvaluateConfig
-    benchmarks: Mapping[BenchmarkName, str]
+    benchmarks: Mapping[BenchmarkName, Text]
 
     def __post_init__(self) -> None:
         for task in self.evaluate.tasks:
@@ -114,7 +115,7 @@ class CurveSettings(DrawSettings):
     """Settings of the stage `curves` for the snapshots of the model `name`."""
 
     name: str
-    benchmarks: Mapping[BenchmarkName, str]
+    benchmarks: Mapping[BenchmarkName, Text]
     entry: CurveEntry = from_key("curves.{name}")
     model: CompletedModelEntry = from_key("models.{name}")
 

@@ -8,7 +8,17 @@ from boltlm.corpus.benchmarks import BenchmarkName
 from boltlm.errors import UserError
 from boltlm.estep.config import SamplingConfig
 from boltlm.evaluation.task_spec import Backend, TaskName, TaskSpec, ThoughtSpace, require_benchmark
-from boltlm.params import EntryName, EntryPath, NonNegativeInt, PositiveInt, from_key
+from boltlm.param_types import (
+    EntryName,
+    EntryPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFraction,
+    PositiveInt,
+    ProperFraction,
+    Text,
+)
+from boltlm.params import from_key
 from boltlm.training.config import TrainConfig
 
 
@@ -42,16 +52,16 @@ class FinetuneSettings:
     name: str
     seed: NonNegativeInt
     sampling: SamplingConfig
-    benchmarks: Mapping[BenchmarkName, str]
+    benchmarks: Mapping[BenchmarkName, Text]
     run: FinetuneRun = from_key("finetune.runs.{name}")
     epochs: PositiveInt = from_key("finetune.epochs")
-    heldout_fraction: float = from_key("finetune.heldout_fraction")
+    heldout_fraction: ProperFraction = from_key("finetune.heldout_fraction")
     seeds: PositiveInt = from_key("finetune.seeds")
     workers: PositiveInt = from_key("finetune.workers")
     samples: PositiveInt = from_key("finetune.samples")
-    temperature: float = from_key("finetune.temperature")
+    temperature: NonNegativeFloat = from_key("finetune.temperature")
     top_k: NonNegativeInt = from_key("finetune.top_k")
-    top_p: float = from_key("finetune.top_p")
+    top_p: PositiveFraction = from_key("finetune.top_p")
     max_thought_tokens: PositiveInt = from_key("finetune.max_thought_tokens")
     max_answer_tokens: PositiveInt = from_key("finetune.max_answer_tokens")
     train: TrainConfig = from_key("finetune.train")
@@ -60,13 +70,6 @@ class FinetuneSettings:
     limit: PositiveInt | None = from_key("evaluate.limit")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.heldout_fraction < 1:
-            raise UserError(
-                "finetune.heldout_fraction must be 0 or more and below 1, found"
-                f" {self.heldout_fraction}"
-            )
-        if self.temperature < 0:
-            raise UserError(f"finetune.temperature must be 0 or more, found {self.temperature}")
         require_benchmark(f"finetune.runs.{self.name}.task", self.run.task, self.benchmarks)
         if self.task_spec.name == "questions/standard/raw":
             raise UserError(

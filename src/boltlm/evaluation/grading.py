@@ -93,7 +93,7 @@ def _grade_gsm8k_strict(answer: str, gold: str) -> Verdict:
 
 def _gsm8k_verdict(matches: list[str], gold: str) -> Verdict:
     number = matches[0].replace("$", "").rstrip(".,") if matches else ""
-    return Verdict(number or None, same_number(number, gold.rpartition("####")[2].strip()))
+    return Verdict(number or None, same_number(number or None, gold.rpartition("####")[2].strip()))
 
 
 # Cached because each answer is graded twice, by lm-eval and for the table of answers, and one

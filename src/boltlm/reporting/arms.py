@@ -3,30 +3,32 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from boltlm.errors import UserError
 from boltlm.estep.config import PAPER_OPTIONS, LatentsEntry
 from boltlm.evaluation.config import CurveEntry
 from boltlm.evaluation.finetune_config import FinetuneRun
-from boltlm.params import PositiveInt, from_key
+from boltlm.param_types import EntryName, Name, NewName, PositiveInt
+from boltlm.params import from_key
 from boltlm.teachers.config import AnyTeacher, ImportTeacherConfig
 from boltlm.training.config import CompletedModelEntry
 
 Role = Literal["base", "iteration", "frozen", "teacher", "raw", "other"]
 # The model of the stage `base`, from which all others descend. It is no entry of `models`.
 BASE_MODEL = "base"
+ModelName = Annotated[str, NewName(BASE_MODEL)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportSettings:
     """The entries of params.yaml whose results are reported."""
 
-    teachers: Mapping[str, AnyTeacher]
-    latents: Mapping[str, LatentsEntry]
-    models: Mapping[str, CompletedModelEntry]
-    curves: Mapping[str, CurveEntry]
-    finetune_runs: Mapping[str, FinetuneRun] = from_key("finetune.runs")
+    teachers: Mapping[Name, AnyTeacher]
+    latents: Mapping[Name, LatentsEntry]
+    models: Mapping[ModelName, CompletedModelEntry]
+    curves: Mapping[Annotated[str, EntryName("models")], CurveEntry]
+    finetune_runs: Mapping[Name, FinetuneRun] = from_key("finetune.runs")
     k_samples: PositiveInt
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from boltlm.estep.config import SamplingConfig
 from boltlm.evaluation.config import EvaluateConfig
-from boltlm.params import NonNegativeInt, PositiveInt
+from boltlm.param_types import NonNegativeInt, PositiveInt
 from boltlm.reporting.arms import ReportSettings
 
 

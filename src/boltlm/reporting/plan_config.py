@@ -10,7 +10,8 @@ from boltlm.errors import UserError
 from boltlm.estep.config import LatentsEntry
 from boltlm.evaluation.config import CurveEntry, EvaluateConfig
 from boltlm.evaluation.finetune_config import FinetuneRun
-from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key
+from boltlm.param_types import EntryName, NonNegativeInt, PositiveInt
+from boltlm.params import from_key
 from boltlm.sequences.layouts import SequenceConfig
 from boltlm.teachers.config import AnyTeacher
 from boltlm.training.config import (

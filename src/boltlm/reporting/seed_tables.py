@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt
 from boltlm.reporting.arms import ReportSettings
 from boltlm.reporting.metric_names import describe_metric
 from boltlm.reporting.seed_aggregation import (

@@ -20,11 +20,12 @@ A chunk-row begins with the prompt of its mode, so that training and the E-step 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from boltlm.errors import UserError
+from boltlm.param_types import AtLeast
 from boltlm.tokens import SpecialTokens
 
 TokenIds = Sequence[int] | np.ndarray
@@ -40,14 +41,12 @@ class SequenceConfig:
     `context_loss`: whether the layout `chunk` takes the loss on the context C of a row too;
     `mix_unit`: whether `models.<name>.mix_raw` is a share of the tokens or of the documents."""
 
-    sequence_length: int
+    sequence_length: Annotated[int, AtLeast(2)]
     layout: Layout
     context_loss: bool
     mix_unit: MixUnit
 
     def __post_init__(self) -> None:
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be 2 or more, found {self.sequence_length}")
         if self.layout == "document" and not self.context_loss:
             raise UserError(
                 "context_loss must be true with the layout document, in which no token is repeated"

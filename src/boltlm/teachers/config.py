@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from boltlm.corpus.inputs import require_input
 from boltlm.corpus.sources import FilesSource, HubSource, local_path
 from boltlm.errors import UserError
-from boltlm.params import EntryName, NonNegativeInt, PositiveInt, from_key
+from boltlm.param_types import CommandText, EntryName, Fraction, Name, NonNegativeInt, PositiveInt
+from boltlm.params import from_key
 from boltlm.teachers.model_config import (
     OpenAIBatchConfig,
     OpenAIChatConfig,
     VLLMTeacherConfig,
-    check_fraction,
 )
 
 
@@ -41,10 +41,9 @@ class ImportTeacherConfig:
     corpus: Annotated[str, EntryName("corpora")]
     source: FilesSource | HubSource
     drawn_by: Annotated[str, EntryName("models")] | None
-    max_unmatched_fraction: float
+    max_unmatched_fraction: Fraction
 
     def __post_init__(self) -> None:
-        check_fraction("max_unmatched_fraction", self.max_unmatched_fraction)
         if self.source.columns.pieces is None:
             raise UserError("source.columns.pieces must name the pieces with latents, found null")
         if self.source.shuffle_buffer != 0:
@@ -83,7 +82,7 @@ class TeacherSettings:
     """
 
     name: str
-    inputs: Mapping[str, str]
+    inputs: Mapping[Name, CommandText]
     teacher: AnyTeacher = from_key("teachers.{name}")
     context_chunks: NonNegativeInt
     max_latent_tokens: PositiveInt

@@ -1,9 +1,9 @@
 """The cost of a teacher's requests: an estimate before the run, a hard limit during it."""
 
-import math
 from dataclasses import dataclass
 
 from boltlm.errors import UserError
+from boltlm.param_types import NonNegativeFloat
 
 TOKENS_PER_PRICE_UNIT = 1_000_000
 # Sums and differences below this are rounding errors of floating-point numbers, US dollars.
@@ -17,16 +17,10 @@ class Prices:
     `batch_factor`: the price of a request in the Batches API, relative to a single request.
     """
 
-    input_usd: float
-    output_usd: float
-    batch_factor: float
+    input_usd: NonNegativeFloat
+    output_usd: NonNegativeFloat
+    batch_factor: NonNegativeFloat
     as_of: str
-
-    def __post_init__(self) -> None:
-        for name in ("input_usd", "output_usd", "batch_factor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} must be a number that is 0 or more, found {value}")
 
     def cost(self, input_tokens: float, output_tokens: float, *, batch: bool) -> float:
         """The cost of a request in US dollars. `batch`: it is sent through the Batches API."""

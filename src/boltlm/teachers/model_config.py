@@ -12,7 +12,20 @@ from typing import Annotated, Any, Literal
 from boltlm.corpus.readers import split_revision
 from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint, hash_path
-from boltlm.params import EntryName, NonNegativeInt, PositiveInt, require_positive
+from boltlm.param_types import (
+    Above,
+    AtLeast,
+    AtMost,
+    Below,
+    EntryName,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Text,
+)
 from boltlm.teachers.cost import Prices
 from boltlm.teachers.prompts import TeacherRequest, TeacherTask
 from boltlm.teachers.response_checks import ResponseChecksConfig
@@ -50,11 +63,11 @@ class TeacherConfig:
     task: TeacherTask
     paraphrases: NonNegativeInt
     seed: int
-    model: str
-    temperature: float | None
+    model: Text
+    temperature: NonNegativeFloat | None
     max_output_tokens: PositiveInt
     max_attempts: PositiveInt
-    max_failed_fraction: float
+    max_failed_fraction: Fraction
     checks: ResponseChecksConfig
 
     def __post_init__(self) -> None:
@@ -62,7 +75,6 @@ class TeacherConfig:
             raise UserError(
                 f"paraphrases must be 1 or more, found {self.paraphrases} (task {self.task})"
             )
-        check_fraction("max_failed_fraction", self.max_failed_fraction)
 
     @property
     def sampling_facts(self) -> dict[str, Any]:
@@ -94,24 +106,21 @@ class APITeacherConfig(TeacherConfig):
 
     base_url: str | None
     api_key_env: str | None
-    top_p: float | None
+    top_p: PositiveFraction | None
     sampling_seed: int | None
     reasoning_effort: str | None
     extra_body: Mapping[str, object]
     max_retries: NonNegativeInt
     retry_failed: bool
-    timeout_seconds: float
+    timeout_seconds: PositiveFloat
     expected_output_tokens: PositiveInt
-    characters_per_token: float
-    max_cost_usd: float
+    characters_per_token: PositiveFloat
+    max_cost_usd: NonNegativeFloat
     prices: Prices
 
     def __post_init__(self) -> None:
         # `slots=True` replaces the class, so that super() without arguments fails.
         super(APITeacherConfig, self).__post_init__()
-        require_positive(self, "timeout_seconds", "characters_per_token", "top_p")
-        if self.max_cost_usd < 0:
-            raise UserError(f"max_cost_usd must be 0 or more, found {self.max_cost_usd}")
         if reserved := sorted(RESERVED_BODY_FIELDS & self.extra_body.keys()):
             raise UserError(f"extra_body must not set {', '.join(reserved)}")
         try:
@@ -189,11 +198,7 @@ class OpenAIChatConfig(APITeacherConfig):
 
     kind: Literal["openai"]
     concurrency: PositiveInt
-    max_outage_seconds: float
-
-    def __post_init__(self) -> None:
-        super(OpenAIChatConfig, self).__post_init__()
-        require_positive(self, "max_outage_seconds")
+    max_outage_seconds: PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,32 +218,15 @@ class OpenAIBatchConfig(APITeacherConfig):
     """
 
     kind: Literal["openai_batch"]
-    max_requests_per_batch: PositiveInt
-    max_bytes_per_batch: PositiveInt
+    max_requests_per_batch: Annotated[int, AtLeast(1), AtMost(MAX_BATCH_REQUESTS)]
+    max_bytes_per_batch: Annotated[int, AtLeast(1), AtMost(MAX_BATCH_BYTES)]
     max_concurrent_batches: PositiveInt
-    poll_interval_seconds: float
-    max_outage_seconds: float
+    poll_interval_seconds: PositiveFloat
+    max_outage_seconds: PositiveFloat
     pilot_requests: NonNegativeInt
-    min_pilot_usable: float
-    max_pilot_cost_ratio: float
+    min_pilot_usable: Fraction
+    max_pilot_cost_ratio: PositiveFloat
     keep_files: bool
-
-    def __post_init__(self) -> None:
-        super(OpenAIBatchConfig, self).__post_init__()
-        require_positive(
-            self, "poll_interval_seconds", "max_outage_seconds", "max_pilot_cost_ratio"
-        )
-        if not 0 <= self.min_pilot_usable <= 1:
-            raise UserError(
-                f"min_pilot_usable must be between 0 and 1, found {self.min_pilot_usable}"
-            )
-        limits = {
-            "max_requests_per_batch": MAX_BATCH_REQUESTS,
-            "max_bytes_per_batch": MAX_BATCH_BYTES,
-        }
-        for name, limit in limits.items():
-            if getattr(self, name) > limit:
-                raise UserError(f"{name} must be at most {limit}, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +242,7 @@ class VLLMTeacherConfig(TeacherConfig):
 
     kind: Literal["vllm"]
     context_length: PositiveInt
-    gpu_memory_utilization: float
+    gpu_memory_utilization: Annotated[float, Above(0), Below(1)]
     request_batch_size: PositiveInt
 
     def __post_init__(self) -> None:
@@ -275,9 +263,3 @@ class VLLMTeacherConfig(TeacherConfig):
         model = hash_path(folder) if folder.is_dir() else self.model
         facts = super(VLLMTeacherConfig, self).sampling_facts
         return {**facts, "model": model, "engine": "vllm"}
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raises UserError where a value is not between 0 and 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{name} must be between 0 and 1, found {value}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from boltlm.errors import UserError
-from boltlm.params import NonNegativeInt
+from boltlm.param_types import NonNegativeInt, ProperFraction
 from boltlm.teachers.response_cache import TeacherResponse
 from boltlm.tokens import SPECIAL_TOKENS
 
@@ -79,16 +79,11 @@ class ResponseChecksConfig:
     language: the language of the responses, SOURCE_LANGUAGE or its ISO 639-1 code; None: any.
     """
 
-    max_copied_fraction: float | None
+    max_copied_fraction: ProperFraction | None
     min_tokens: NonNegativeInt
     language: str | None
 
     def __post_init__(self) -> None:
-        fraction = self.max_copied_fraction
-        if fraction is not None and not 0 <= fraction < 1:
-            raise UserError(
-                f"max_copied_fraction must be null or between 0 and 1, below 1, found {fraction}"
-            )
         if self.language in (None, SOURCE_LANGUAGE):
             return
         if self.language not in (codes := _language_identifier().labels):

@@ -1,47 +1,25 @@
 """The stage `base`: pretrains a small Llama or takes a checkpoint, and adds the special tokens."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from boltlm import checkpoint
 from boltlm.corpus.chunks import is_encodable
-from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry, corpus_documents
-from boltlm.corpus.inputs import require_input
-from boltlm.corpus.sources import local_path
+from boltlm.corpus.corpora import BASE_CORPUS, corpus_documents
 from boltlm.fingerprint import fingerprint, hash_code, hash_path
-from boltlm.params import NonNegativeInt, from_key
 from boltlm.records import Document
 from boltlm.sequences import store
 from boltlm.sequences.formatter import SequenceFormatter
 from boltlm.sequences.mixing import SequenceSource
 from boltlm.sequences.packing import pack_sequences
 from boltlm.tokens import TextCoder
+from boltlm.training.base_config import BaseSettings
 from boltlm.training.base_model import add_special_tokens, create_model, load_checkpoint
 from boltlm.training.config import CheckpointConfig, PretrainConfig
 from boltlm.training.job import TrainingJob, train_and_publish
 from boltlm.training.metrics_logger import TRAIN_COLUMNS
 from boltlm.training.tokenizer import train_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BaseSettings:
-    """Everything that the stage `base` reads from params.yaml."""
-
-    data_seed: NonNegativeInt
-    inputs: Mapping[str, str]
-    corpus: CorpusEntry = from_key("corpora.base")
-    base: PretrainConfig | CheckpointConfig
-
-    def __post_init__(self) -> None:
-        if isinstance(self.base, CheckpointConfig):
-            path = self.base.model if Path(self.base.model).exists() else None
-            key = "base.model"
-        else:
-            key, path = "corpora.base.source.path", local_path(self.corpus.source)
-        if path is not None:
-            require_input(key, path, self.inputs)
 
 
 def run_base(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from boltlm.checkpoint import require_all_weights
 from boltlm.corpus.readers import split_revision
 from boltlm.errors import UserError
 from boltlm.tokens import SPECIAL_TOKENS
@@ -56,10 +58,14 @@ def load_checkpoint(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast
     arguments = {"revision": revision} if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **arguments)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base.model '{name}' cannot be loaded: {reason}") from error
+    model, report = loaded
+    require_all_weights(f"base.model '{name}'", report)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"base.model '{name}' has no tokenizer.json; a model with a fast tokenizer is needed"

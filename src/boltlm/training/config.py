@@ -4,16 +4,19 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from boltlm.errors import UserError
-from boltlm.params import (
+from boltlm.param_types import (
     EntryName,
     EntryPath,
+    NonNegativeFloat,
     NonNegativeInt,
     Overlay,
+    PositiveFloat,
     PositiveInt,
     Precision,
-    from_key,
-    require_positive,
+    ProperFraction,
+    Text,
 )
+from boltlm.params import from_key
 from boltlm.sequences.layouts import DrawChoice, SequenceConfig, SequenceFormat
 from boltlm.tokens import SPECIAL_TOKENS
 from boltlm.training.schedules import ScheduleConfig
@@ -36,12 +39,9 @@ class ValidationConfig:
     """Validation during training: every `every` steps, on the first `documents` held-out
     documents, with `k_samples` latents for each chunk."""
 
-    every: int
-    documents: int
-    k_samples: int
-
-    def __post_init__(self) -> None:
-        require_positive(self, "every", "documents", "k_samples")
+    every: PositiveInt
+    documents: PositiveInt
+    k_samples: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,34 +65,22 @@ class TrainConfig:
     """
 
     optimizer: Literal["adamw", "muon"]
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    batch_size: int
-    micro_batch_size: int | None
+    learning_rate: PositiveFloat
+    beta1: ProperFraction
+    beta2: ProperFraction
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    max_grad_norm: PositiveFloat
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
     precision: Precision
     activation_checkpointing: bool
     compile: bool
     schedule: ScheduleConfig
-    log_every: int
-    checkpoint_every: int
+    log_every: PositiveInt
+    checkpoint_every: PositiveInt
     validation: ValidationConfig | None
     log_live: bool
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self, "learning_rate", "max_grad_norm", "batch_size", "micro_batch_size", "log_every"
-        )
-        require_positive(self, "checkpoint_every", "eps")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(
-                f"beta1 and beta2 must be in [0, 1), found {self.beta1} and {self.beta2}"
-            )
-        if not self.weight_decay >= 0:
-            raise UserError(f"weight_decay must be 0 or more, found {self.weight_decay}")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, JSON-ready."""
@@ -120,11 +108,7 @@ class TrainingBudget:
     """
 
     kind: Literal["epochs", "tokens", "steps", "flop_matched_epochs", "flop_matched_history"]
-    amount: int
-
-    def __post_init__(self) -> None:
-        if self.amount < 1:
-            raise UserError(f"amount must be 1 or more, found {self.amount}")
+    amount: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,15 +129,13 @@ class ModelEntry:
     data: Annotated[str, EntryPath(teacher="teachers", latents="latents", split="corpora")]
     format: SequenceFormat
     draws: DrawChoice
-    mix_raw: float
+    mix_raw: ProperFraction
     mix_corpus: Annotated[str, EntryName("corpora")]
     budget: TrainingBudget
     seed: NonNegativeInt | None
     train: Annotated[ModelTrainConfig, Overlay("train")]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mix_raw < 1:
-            raise UserError(f"mix_raw must be in [0, 1), found {self.mix_raw}")
         if self.mix_raw and self.format == "raw" and self.mix_corpus == self.corpus:
             raise UserError(
                 "mix_raw must be 0 where the format is raw and mix_corpus is the run's own corpus,"
@@ -226,20 +208,22 @@ class PretrainConfig:
     """
 
     kind: Literal["pretrain"]
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    context_length: int
-    epochs: int
-    sequence_length: int
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    intermediate_size: PositiveInt
+    context_length: PositiveInt
+    epochs: PositiveInt
+    sequence_length: PositiveInt
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "hidden_size", "num_layers", "num_heads", "intermediate_size", "epochs"
-        )
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"hidden_size must be a multiple of 2 × num_heads ({2 * self.num_heads}), because"
+                f" rotary positions need heads of an even size; found {self.hidden_size}"
+            )
         if not 2 <= self.sequence_length <= self.context_length:
             raise UserError(
                 f"sequence_length must be from 2 to context_length ({self.context_length}),"
@@ -259,4 +243,4 @@ class CheckpointConfig:
     path."""
 
     kind: Literal["checkpoint"]
-    model: str
+    model: Text

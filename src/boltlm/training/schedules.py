@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from boltlm.errors import UserError
+from boltlm.param_types import Fraction, NonNegativeFloat, PositiveFraction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,17 +17,9 @@ class ScheduleConfig:
     """
 
     kind: Literal["cosine", "wsd"]
-    warmup: float
-    decay_fraction: float
-    min_lr_ratio: float
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise UserError(f"warmup must be 0 or more, found {self.warmup}")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"min_lr_ratio must be in [0, 1], found {self.min_lr_ratio}")
-        if not 0 < self.decay_fraction <= 1:
-            raise UserError(f"decay_fraction must be in (0, 1], found {self.decay_fraction}")
+    warmup: NonNegativeFloat
+    decay_fraction: PositiveFraction
+    min_lr_ratio: Fraction
 
     def warmup_steps(self, steps: int) -> float:
         """The length W of the warm-up of a run of `steps` steps; it need not be an integer."""

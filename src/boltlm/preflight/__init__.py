@@ -1,0 +1,1 @@
+"""Checks of params.yaml, of what it names and of the machine, before anything costs time."""
