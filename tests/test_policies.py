@@ -211,7 +211,7 @@ UNSAFE = (
     r"\bimport (pickle|dill|shelve|marshal)\b",
     r"\bfrom (pickle|dill|shelve|marshal)\b",
     r"trust_remote_code\s*=\s*True",
-    r"yaml\.(load|unsafe_load|full_load)\(",
+    r"yaml\.(unsafe_load|full_load)\(|yaml\.load\((?!.*SafeLoader\))",
     r"torch\.load\((?![^)]*weights_only=True)",
     r"allow_pickle\s*=\s*True",
     r"(?<![.\w])(eval|exec)\(",

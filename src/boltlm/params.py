@@ -28,7 +28,7 @@ def from_key(key: str) -> Any:
     return dataclasses.field(metadata={_KEY: key})
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictSafeLoader(yaml.SafeLoader):
     """YAML without duplicate keys, of which the last would win in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -44,7 +44,7 @@ def load(path: Path) -> dict[str, Any]:
     """The whole of a params file. Raises UserError when it is missing, is not YAML in UTF-8, has a
     key twice, or is not a mapping."""
     try:
-        params = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        params = yaml.load(path.read_text(encoding="utf-8"), _StrictSafeLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such params file; run from the repository's root") from None
     except UnicodeDecodeError as error:

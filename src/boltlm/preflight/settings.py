@@ -12,7 +12,10 @@ from boltlm.param_types import CommandText, Name, Text
 from boltlm.param_values import Finding, ParamsError
 from boltlm.params import build_settings, from_key, settings_keys
 from boltlm.reporting.arms import ReportSettings
+from boltlm.reporting.experiment import FigureSettings
 from boltlm.reporting.html_config import HtmlReportSettings
+from boltlm.reporting.plan_config import PlanSettings
+from boltlm.reporting.seed_tables import SeedsSettings
 from boltlm.teachers.config import TeacherSettings
 from boltlm.training.base_config import BaseSettings
 from boltlm.training.config import TrainSettings
@@ -29,7 +32,9 @@ class GraphSettings:
     fewshot_prompts: CommandText = from_key("prompts.fewshot")
 
 
-# The settings class of each stage that has one.
+# What is read beside the stages: by dvc.yaml and by `boltlm plan`.
+_OTHER_SETTINGS: tuple[type[Any], ...] = (GraphSettings, PlanSettings)
+# The settings class of each stage that has one, besides `track`, which logs whatever params hold.
 STAGE_SETTINGS: Mapping[str, type[Any]] = {
     "base": BaseSettings,
     "split": SplitSettings,
@@ -40,7 +45,9 @@ STAGE_SETTINGS: Mapping[str, type[Any]] = {
     "evaluate": EvaluateSettings,
     "curves": CurveSettings,
     "finetune": FinetuneSettings,
-    "figures": ReportSettings,
+    "seeds": SeedsSettings,
+    "figures": FigureSettings,
+    "summary": ReportSettings,
     "report": HtmlReportSettings,
 }
 # The section of each stage that has an instance for every entry.
@@ -65,7 +72,8 @@ def section_entries(params: Mapping[str, Any], section: str) -> Mapping[str, Any
 def settings_findings(params: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything that the settings of a stage do not allow, and keys that no stage has."""
     yield from _unknown_keys(params)
-    yield from _build_findings(GraphSettings, params, "")
+    for kind in _OTHER_SETTINGS:
+        yield from _build_findings(kind, params, "")
     for stage, kind in STAGE_SETTINGS.items():
         section = STAGE_SECTIONS.get(stage)
         names = [""] if section is None else section_entries(params, section)
@@ -86,7 +94,7 @@ def _unknown_keys(params: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys at the top, or in a section of which stages read single keys, that no stage reads. The
     keys in other sections are those of the section's own settings class."""
     keys = {
-        key for kind in [GraphSettings, *STAGE_SETTINGS.values()] for key in settings_keys(kind)
+        key for kind in [*_OTHER_SETTINGS, *STAGE_SETTINGS.values()] for key in settings_keys(kind)
     }
     top = sorted({key.partition(".")[0] for key in keys})
     for name in params:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMMITTED = "default"  # the name of the params.yaml that is committed
-MAX_NAMED_CHANGES = 4  # in the name of a run
+_MAX_NAMED_CHANGES = 4  # in the name of a run
 PAGE_FILE = "index.html"
 FACTS_FILE = "facts.json"  # beside the page: its summary, warnings and versions
 REMOVED = "(removed)"
@@ -23,7 +23,7 @@ class Preset(NamedTuple):
     @property
     def run_name(self) -> str:
         """The preset and the changes, which are only counted where they are many."""
-        if len(self.changes) > MAX_NAMED_CHANGES:
+        if len(self.changes) > _MAX_NAMED_CHANGES:
             return f"{self.name}, {len(self.changes)} changes"
         return ", ".join([self.name, *(f"{key}={value}" for key, value in self.changes.items())])
 

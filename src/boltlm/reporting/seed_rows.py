@@ -36,7 +36,7 @@ METRIC_FOLDERS = {
     "latents": "latents",
     "teacher": "teachers",
 }
-MAX_NAMED_CHANGES = 3  # params that a group names; of more differences the rest is a digest
+_MAX_NAMED_CHANGES = 3  # params that a group names; of more differences the rest is a digest
 # Neither how a stage is executed (docs/scale.md) nor which tasks are asked changes a metric that
 # two experiments both have, so groups do not tell these apart.
 INERT_KEYS = frozenset(
@@ -268,9 +268,9 @@ def _describe_changes(history: Mapping[str, Any], reference: Any) -> str:
         if own.get(key) != other.get(key) and key not in INERT_KEYS
         if is_measured or not key.startswith(OPTIONAL_BOUND)
     ]
-    if len(changes) <= MAX_NAMED_CHANGES:
+    if len(changes) <= _MAX_NAMED_CHANGES:
         return ", ".join(changes)
-    named, rest = changes[:MAX_NAMED_CHANGES], changes[MAX_NAMED_CHANGES:]
+    named, rest = changes[:_MAX_NAMED_CHANGES], changes[_MAX_NAMED_CHANGES:]
     return f"{', '.join(named)} and {len(rest)} more ({fingerprint({'changes': rest})[:8]})"
 
 
