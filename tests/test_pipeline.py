@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -71,7 +72,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage_command(folder: Path, name: str) -> list[str]:
     """A stage's command, as dvc.lock holds it, with this interpreter."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text("utf-8"))
-    setting, python, *rest = lock["stages"][name]["cmd"].split()
+    command = lock["stages"][name]["cmd"]
+    setting, python, *rest = shlex.split(command)
     assert (setting, python) == ("PYTHONPATH=src", "python")
     return [sys.executable, *rest]
 
@@ -216,7 +218,8 @@ def test_a_larger_k_touches_only_what_depends_on_it(finished: Path) -> None:
         status = json.loads(run(finished, "dvc", "status", "--json"))
     finally:
         (finished / "params.yaml").write_text(params)
-    always = {"figures", "summary", "report", "track"}  # they depend on every metrics file
+    # They depend on params.yaml as a whole, or on every metrics file.
+    always = {"check", "seeds", "figures", "summary", "report", "track"}
     assert set(status) - always == {"latents@em1", "latents@em2"}
 
 
@@ -235,7 +238,7 @@ def test_another_training_seed_is_one_more_training(finished: Path, tmp_path: Pa
     path.write_text(params.replace("models:\n", arm, 1), encoding="utf-8")
     printed = run(folder, "dvc", "repro", "evaluate@em1_seed5")
     ran = re.findall(r"Running stage '(\S+)'", printed)
-    assert ran == ["train@em1_seed5", "evaluate@em1_seed5"]
+    assert ran == ["check", "train@em1_seed5", "evaluate@em1_seed5"]
     after = outputs(folder)
     assert before == {name: after[name] for name in before}
     assert after["models/em1_seed5"] != after["models/em1"]
@@ -347,6 +350,8 @@ def test_a_wrong_parameter_gives_one_line(finished: Path, tmp_path: Path, case: 
         str(tmp_path / "params.yaml"),
         "--base",
         "models/base",
+        "--work",
+        str(tmp_path / "work"),
         "--split",
         str(tmp_path / "split"),
         "--chunks",

@@ -296,14 +296,3 @@ def test_an_evaluation_corpus_must_be_one_of_the_corpora(tmp_path: Path) -> None
     params["evaluate"]["extra_corpora"] = ["side", "absent"]
     with pytest.raises(UserError, match=r"evaluate\.extra_corpora.*'absent'"):
         settings(params)
-
-
-def test_a_corpus_with_the_name_of_a_benchmark_is_an_error(
-    base_coder: TextCoder, tmp_path: Path
-) -> None:
-    """Both would be counted under one name."""
-    params = contamination_params(tmp_path)
-    params["corpora"]["gsm8k"] = params["corpora"].pop("side")
-    params["evaluate"]["extra_corpora"] = ["gsm8k"]
-    with pytest.raises(UserError, match=r"two evaluation sets are called 'gsm8k'"):
-        split_into(tmp_path, params, base_coder)

@@ -204,7 +204,7 @@ def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
         ("questions", "count", -1, r"questions\.count must be 0 or more"),
         ("corpora", "one", {"documents": 0, "source": {}}, r"corpora\.one\.documents must be 1"),
         ("corpora", "one", {"documents": 1}, r"missing key corpora\.one\.source"),
-        ("chunks", "max_sentences", 0, r"chunks: .*max_sentences"),
+        ("chunks", "max_sentences", 0, r"chunks\.max_sentences must be 1 or more"),
         ("chunks", "from_source", ["two"], r"chunks\.from_source.*\(one, heldout\), found 'two'"),
         ("chunks", "from_source", ["one"], r"chunks\.from_source.*'one'.*columns\.pieces"),
         ("benchmarks", "mmlu", "a/b", r"benchmarks must be gsm8k \| math \| mmlu_stem.*'mmlu'"),
@@ -398,7 +398,14 @@ def test_a_stage_that_is_killed_again_and_again_ends_in_the_same_bytes(
 ) -> None:
     """SIGKILL of the stage and its workers at random moments; what is saved is not made again,
     also by another number of workers."""
-    params, rng = many_params(tmp_path), np.random.default_rng(1)
+    laptop, rng = tiny.without_entries(load(tiny.ROOT / "params.yaml")), np.random.default_rng(1)
+    params = laptop | many_params(tmp_path)
+    params["evaluate"] = laptop["evaluate"] | params["evaluate"]
+    params["base"] = {"kind": "checkpoint", "model": str(base_folder)}
+    params["inputs"] = {"texts": str(tmp_path), "model": str(base_folder)}
+    (tmp_path / "base.jsonl").write_text('{"text": "Not used.", "id": "b"}\n', encoding="utf-8")
+    base = {"documents": 1, "source": {"path": str(tmp_path / "base.jsonl")}}
+    params["corpora"] = {"base": base, **params["corpora"]}
     names = {"work": "work", "split": "split", "chunks": "chunks", "metrics": "split.json"}
     flags = [part for flag, name in names.items() for part in (f"--{flag}", str(tmp_path / name))]
     script = str(tiny.ROOT / "stages" / "split.py")
@@ -419,6 +426,7 @@ def test_a_stage_that_is_killed_again_and_again_ends_in_the_same_bytes(
         process.wait()
         after = saved_files(tmp_path)
         assert before.items() <= after.items()
+    assert after
     subprocess.run([*command, *flags], check=True, stderr=subprocess.DEVNULL)
     assert after.items() <= saved_files(tmp_path).items()
     assert tree(tmp_path) == expected[0]

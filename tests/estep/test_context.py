@@ -49,5 +49,5 @@ def test_counts_are_positive(key: str) -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_memory_fraction_leaves_memory_for_both(fraction: float) -> None:
     """The sampler and the scorer each need a part of the GPU's memory."""
-    with pytest.raises(UserError, match="gpu_memory_utilization must be above 0 and below 1"):
+    with pytest.raises(UserError, match=r"gpu_memory_utilization must be in \(0, 1\)"):
         tiny.sampling_config(gpu_memory_utilization=fraction)

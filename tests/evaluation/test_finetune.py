@@ -300,7 +300,7 @@ def small(base_folder: Path, tmp_path: Path) -> SmallStage:
         ({"seeds": 0}, "finetune.seeds must be 1 or more"),
         ({"workers": 0}, "finetune.workers must be 1 or more"),
         ({"temperature": -1.0}, "finetune.temperature must be 0 or more"),
-        ({"heldout_fraction": 1.0}, "finetune.heldout_fraction must be 0 or more and below 1"),
+        ({"heldout_fraction": 1.0}, "finetune.heldout_fraction must be in [0, 1)"),
         ({"heldout_fraction": 0.999}, "no training document has a thought"),
     ],
 )

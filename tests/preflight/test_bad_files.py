@@ -39,7 +39,7 @@ def corpus_findings(path: Path, **columns: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
-        (None, {}, "no such file; give a path or glob pattern"),
+        (None, {}, "no such file, or a folder without any of"),
         (b"", {}, "corpora.em.source: "),
         (b"\n\n", {}, "has no row"),
         (b"{", {}, "em.jsonl, line 1: not JSON"),

@@ -471,9 +471,3 @@ def test_a_budget_is_either_epochs_or_tokens(
     source = SequenceSource(make_store(tmp_path, make_documents(2)), make_formatter())
     with pytest.raises(UserError, match="either epochs or tokens"):
         pack(tmp_path, [source], epochs=budget[0], tokens=budget[1])
-
-
-def test_a_sequence_has_two_tokens_or_more() -> None:
-    """In a sequence of one token, nothing follows from what stands before."""
-    with pytest.raises(UserError, match="sequence_length must be 2 or more, found 1"):
-        SequenceConfig(sequence_length=1, layout="document", context_loss=True, mix_unit="tokens")

@@ -231,7 +231,7 @@ def test_the_imported_text_is_compared_with_the_stored_one(experiment: Experimen
     [
         ({"corpus": "emm"}, r"teachers\.em1\.corpus must name an entry of corpora"),
         ({"drawn_by": "em9"}, r"teachers\.em1\.drawn_by must name an entry of models"),
-        ({"max_unmatched_fraction": 2}, r"max_unmatched_fraction must be between 0 and 1, found 2"),
+        ({"max_unmatched_fraction": 2}, r"max_unmatched_fraction must be in \[0, 1\], found 2"),
         ({"columns": {"pieces": None, "text": "text"}}, r"source\.columns\.pieces must name"),
         ({"columns": {"pieces": None}}, r"source\.columns: text must name a column unless pieces"),
         ({"shuffle_buffer": 9}, r"source\.shuffle_buffer must be 0, .*found 9"),

@@ -253,7 +253,7 @@ def test_an_unknown_kind_of_base_model_is_an_error() -> None:
     [
         ("sequence_length", 1000, r"sequence_length must be from 2 to context_length \(512\)"),
         ("vocab_size", 261, "vocab_size must be 262 or more"),
-        ("num_layers", 0, "num_layers must be above 0"),
+        ("num_layers", 0, "num_layers must be 1 or more"),
     ],
 )
 def test_impossible_sizes_are_an_error(key: str, value: int, message: str) -> None:

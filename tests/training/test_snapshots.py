@@ -253,7 +253,7 @@ def test_invalid_snapshots_are_an_error() -> None:
     for value, message in (
         ({"every": 0, "precision": "float32"}, r"train\.snapshots\.every must be 1 or more"),
         ({"every": 5, "precision": "float16"}, r"snapshots\.precision must be float32 \| bfloat16"),
-        ({"every": 5}, r"missing key models\.arm\.train\.snapshots\.precision"),
+        ({"every": 5}, r"missing key train\.snapshots\.precision"),
     ):
         params["train"]["snapshots"] = value
         with pytest.raises(UserError, match=message):

@@ -317,36 +317,3 @@ def test_validation_metrics_are_in_the_log(tmp_path: Path) -> None:
     assert not any("val_elbo" in line for line in log), "a value that is not finite is left blank"
     assert training_modes == [False, False]
     assert same_weights(model, model_without_validation)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "learning_rate",
-        "max_grad_norm",
-        "batch_size",
-        "micro_batch_size",
-        "log_every",
-        "checkpoint_every",
-    ],
-)
-def test_settings_must_be_positive(name: str) -> None:
-    """A batch of no sequence, for example, would divide by zero far from its cause."""
-    for value in (0, math.nan):
-        with pytest.raises(UserError, match=name):
-            tiny.train_config(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("beta2", 1.0, r"beta1 and beta2 must be in \[0, 1\), found 0\.9 and 1\.0"),
-        ("beta1", -0.1, r"beta1 and beta2 must be in \[0, 1\), found -0\.1"),
-        ("eps", -1.0, "eps must be above 0"),
-        ("weight_decay", -1.0, "weight_decay must be 0 or more"),
-    ],
-)
-def test_optimizer_settings_are_checked(name: str, value: float, message: str) -> None:
-    """torch refuses them too, but with a traceback and after the corpus was packed."""
-    with pytest.raises(UserError, match=message):
-        tiny.train_config(**{name: value})

@@ -102,7 +102,6 @@ class SplitSettings:
                 require_input(f"benchmarks.{benchmark}", path, self.inputs)
         self._check_order()
         self._check_pieces()
-        self._check_sets()
 
     def _check_order(self) -> None:
         """Raises UserError where the stage `base` would read what another corpus takes."""
@@ -129,12 +128,6 @@ class SplitSettings:
                     " pieces; set columns.pieces of a source of kind files or hub, or take the"
                     " corpus out of chunks.from_source"
                 )
-
-    def _check_sets(self) -> None:
-        """Raises UserError where two evaluation sets would be counted under one name."""
-        for name in heldout_names(self):
-            if name in ("questions", *self.benchmarks):
-                raise UserError(f"two evaluation sets are called '{name}'; rename that corpus")
 
 
 def stream_corpora(

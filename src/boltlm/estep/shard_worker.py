@@ -78,9 +78,13 @@ class ShardWorker:
         self.token_budget = context_token_budget(self.estep.coder, task.settings.max_latent_tokens)
 
     def __call__(self, shard: str) -> Throughput:
-        """Write the samples of one shard to the work folder and mark it complete."""
+        """Write the samples of one shard to the work folder and mark it complete, unless it is: a
+        worker may have died between that and its answer."""
         task, estep = self.task, self.estep
         estep.throughput = Throughput()
+        path = task.samples_folder(task.num_samples) / shard
+        if is_complete(path):
+            return estep.throughput
         chunks = read_shard(task.chunks / shard, Chunk)
         size, context_chunks = task.num_samples, task.settings.context_chunks
         if task.settings.options.method == "smc":
@@ -95,7 +99,6 @@ class ShardWorker:
             in_context = chunks_in_context(chunks, context_chunks, self.token_budget)
             previous = self._previous_draws(shard, in_context)
             groups = estep.run(in_context, size, task.reusable_samples(shard), previous)
-        path = task.samples_folder(task.num_samples) / shard
         write_shard(path, Sample, [sample for group in groups for sample in group])
         mark_complete(path)
         return estep.throughput

@@ -14,7 +14,7 @@ from boltlm.params import build_settings, from_key, settings_keys
 from boltlm.reporting.arms import ReportSettings
 from boltlm.reporting.experiment import FigureSettings
 from boltlm.reporting.html_config import HtmlReportSettings
-from boltlm.reporting.plan_config import PlanSettings
+from boltlm.reporting.plan_config import PlanConfig
 from boltlm.reporting.seed_tables import SeedsSettings
 from boltlm.teachers.config import TeacherSettings
 from boltlm.training.base_config import BaseSettings
@@ -23,17 +23,16 @@ from boltlm.training.config import TrainSettings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphSettings:
-    """What dvc.yaml itself reads. `launcher`: the command that starts the stage `train`, such as
-    `python` or `accelerate launch …`; it is executed as it stands."""
+    """What dvc.yaml itself and `boltlm plan` read. `launcher`: the command that starts the stage
+    `train`, such as `python` or `accelerate launch …`; it is executed as it stands."""
 
     launcher: Text
     inputs: Mapping[Name, CommandText]
     teacher_prompts: CommandText = from_key("prompts.teacher")
     fewshot_prompts: CommandText = from_key("prompts.fewshot")
+    plan: PlanConfig
 
 
-# What is read beside the stages: by dvc.yaml and by `boltlm plan`.
-_OTHER_SETTINGS: tuple[type[Any], ...] = (GraphSettings, PlanSettings)
 # The settings class of each stage that has one, besides `track`, which logs whatever params hold.
 STAGE_SETTINGS: Mapping[str, type[Any]] = {
     "base": BaseSettings,
@@ -72,8 +71,7 @@ def section_entries(params: Mapping[str, Any], section: str) -> Mapping[str, Any
 def settings_findings(params: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything that the settings of a stage do not allow, and keys that no stage has."""
     yield from _unknown_keys(params)
-    for kind in _OTHER_SETTINGS:
-        yield from _build_findings(kind, params, "")
+    yield from _build_findings(GraphSettings, params, "")
     for stage, kind in STAGE_SETTINGS.items():
         section = STAGE_SECTIONS.get(stage)
         names = [""] if section is None else section_entries(params, section)
@@ -94,7 +92,7 @@ def _unknown_keys(params: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys at the top, or in a section of which stages read single keys, that no stage reads. The
     keys in other sections are those of the section's own settings class."""
     keys = {
-        key for kind in [*_OTHER_SETTINGS, *STAGE_SETTINGS.values()] for key in settings_keys(kind)
+        key for kind in [GraphSettings, *STAGE_SETTINGS.values()] for key in settings_keys(kind)
     }
     top = sorted({key.partition(".")[0] for key in keys})
     for name in params:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 from boltlm.corpus.corpora import BASE_CORPUS, CorpusEntry
 from boltlm.corpus.split import QuestionsConfig
@@ -10,7 +9,7 @@ from boltlm.errors import UserError
 from boltlm.estep.config import LatentsEntry
 from boltlm.evaluation.config import CurveEntry, EvaluateConfig
 from boltlm.evaluation.finetune_config import FinetuneRun
-from boltlm.param_types import EntryName, NonNegativeInt, PositiveInt
+from boltlm.param_types import Name, NonNegativeInt, PositiveInt
 from boltlm.params import from_key
 from boltlm.sequences.layouts import SequenceConfig
 from boltlm.teachers.config import AnyTeacher
@@ -61,7 +60,7 @@ class PlanConfig:
     and then neither are FLOPs.
     """
 
-    document_tokens: Mapping[Annotated[str, EntryName("corpora")], PositiveInt]
+    document_tokens: Mapping[Name, PositiveInt]
     chunk_tokens: PositiveInt
     latent_tokens: PositiveInt
     checkpoint: ModelSize | None
