@@ -217,7 +217,7 @@ def test_user_errors_are_one_line(make_stage: MakeStage, server: ServerProcess) 
     server.fail("batch", "invalid")
     assert "bad line" in error("openai_batch")
     stage.params["teachers"]["t"]["kind"] = "oracle"
-    assert "kind must be dataset | import | openai | openai_batch | vllm" in stage.run()[1]
+    assert "import | extract | openai | openai_batch | vllm" in stage.run()[1]
 
 
 def test_the_api_key_is_in_no_file(make_stage: MakeStage, server: ServerProcess) -> None:
