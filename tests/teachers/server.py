@@ -453,7 +453,7 @@ class MockAPI:
             done, failed = requests[: len(requests) // 2], requests[len(requests) // 2 :]
         elif fault == "missing":
             done = requests[1:]
-        elif fault == "errors":
+        elif fault in ("errors", "echo"):
             done, failed = requests[2:], requests[:2]
         elif fault == "nothing":
             done = []
@@ -467,7 +467,8 @@ class MockAPI:
             output.append(output_line(done[0], ""))
         if fault == "malformed":
             output[0] = output[0][: len(output[0]) // 2]
-        errors = [error_line(request, fault) for request in failed]
+        keys = [key for (key,) in self.db.execute("select key from keys")]
+        errors = [error_line(request, fault, keys) for request in failed]
         return {
             "status": fault if fault in ("expired", "cancelled") else "completed",
             "output_file_id": self.lines_file(output),
@@ -492,12 +493,15 @@ def output_line(request: dict[str, Any], fault: str) -> str:
     return json.dumps(line, ensure_ascii=fault != "separator")
 
 
-def error_line(request: dict[str, Any], fault: str) -> str:
-    """A line of a batch's error file."""
+def error_line(request: dict[str, Any], fault: str, keys: list[str]) -> str:
+    """A line of a batch's error file. With the fault `echo` it ends with the API keys."""
     line: dict[str, Any] = {"id": "b", "custom_id": request["custom_id"], "response": None}
     if fault == "errors":
         body = {"error": {"message": "overloaded"}}
         return json.dumps(line | {"response": {"status_code": 500, "body": body}})
+    if fault == "echo":
+        body = {"error": {"message": f"{'illegal header ' * 13}{' '.join(keys)}"}}
+        return json.dumps(line | {"response": {"status_code": 400, "body": body}})
     return json.dumps(line | {"error": {"code": f"batch_{fault}", "message": "not in time"}})
 
 

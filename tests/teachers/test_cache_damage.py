@@ -3,6 +3,7 @@ read is saved."""
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from boltlm.fingerprint import fingerprint
 from boltlm.teachers import cache_file
 from boltlm.teachers.cache_file import state_path
 from boltlm.teachers.cache_transfer import check_cache, export_cache, import_cache
+from boltlm.teachers.charges import Charge, add_charges
 from boltlm.teachers.response_cache import PendingBatch, ResponseCache, TeacherResponse
 from tests.teachers.stage_harness import ServerProcess, TeacherStage
 
@@ -123,6 +125,22 @@ def test_a_damaged_page_is_noticed_and_the_others_are_saved(page: int, path: Pat
         for number in range(NUM_RESPONSES):
             expected = [response(number)] if key(number) in saved else []
             assert cache.responses(key(number)) == expected
+
+
+@pytest.mark.parametrize("content", [b"pending", b"teacher", b"killed"])
+def test_damage_to_batches_and_charges_is_noticed(content: bytes, path: Path) -> None:
+    """One flipped byte in the key of a request in a batch, in a batch or in a charge: in the table,
+    or in the index that repeats it."""
+    with closing(ResponseCache(path)) as cache:
+        add_charges(cache, [Charge("t", "killed", 1.5, estimated=True)])
+    intact = path.read_bytes()
+    places = [match.start() for match in re.finditer(content, intact)]
+    assert len(places) >= 2
+    for place in places:
+        path.write_bytes(intact)
+        flip(path, place)
+        with pytest.raises(UserError, match=r"damaged.*boltlm cache export"):
+            ResponseCache(path)
 
 
 def test_a_truncated_file_is_noticed_and_its_rest_is_saved(path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from boltlm.errors import UserError
+from boltlm.params import load
+from tests import tiny
 from tests.teachers.stage_harness import PRICES, TeacherStage
 
 
@@ -68,3 +71,14 @@ def test_wrong_values_are_refused(
     assert stage.configure(kind, None).settings.name == "t"
     with pytest.raises(UserError, match=message):
         _ = stage.configure(kind, None, **changes).settings
+
+
+@pytest.mark.parametrize(
+    "path", sorted((tiny.ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_responses_fit_the_limit_of_latents_in_presets(path: Path) -> None:
+    """A teacher's tokens are no shorter than ours, so more of them would be a latent too long."""
+    params = load(path)
+    for teacher in params["teachers"].values():
+        if teacher.get("task") == "latent":
+            assert teacher["max_output_tokens"] <= params["max_latent_tokens"]

@@ -1,6 +1,8 @@
 """Batches: outages, bad downloads, a pilot, cancelling, files at the server, and progress."""
 
 import math
+import re
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
@@ -89,9 +91,13 @@ def test_a_created_batch_is_found_although_the_list_lags(
 
 @pytest.mark.parametrize("fault", ["no usage", "infinite usage", "huge usage"])
 def test_impossible_usage_counts_at_the_most(
-    fault: str, make_stage: MakeStage, server: ServerProcess
+    fault: str,
+    make_stage: MakeStage,
+    server: ServerProcess,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The response is used, and costs the most that a request of the batch can on average."""
+    """The response is used, and costs the most that a request of the batch can on average. This and
+    later runs say that it is an estimate."""
     stage = make_stage().configure("openai_batch", server, max_requests_per_batch=1000)
     requests = {request.key: request for request in stage.requests()}
     config = stage.config
@@ -101,6 +107,8 @@ def test_impossible_usage_counts_at_the_most(
     mean_most = math.fsum(map(config.max_usd, requests.values())) / len(requests)
     others = (len(requests) - 1) * 13.5e-6
     assert counts["cost_usd"] == pytest.approx(others + mean_most)
+    assert stage.run_in_process() == counts
+    assert capsys.readouterr().out.count(f"(${mean_most:.4f} of it estimated)") == 2
     assert set(server.answered().values()) == {1}
 
 
@@ -120,13 +128,71 @@ def test_a_malformed_response_is_an_attempt_that_costs(
 def test_a_request_that_always_fails_does_not_block_the_others(
     make_stage: MakeStage, server: ServerProcess
 ) -> None:
-    """After max_attempts it is a failure like any other."""
+    """After max_attempts it is a failure like any other, and a later run asks it again only when
+    told to."""
     server.fail("batch", *["errors"] * 3)
-    stage = make_stage().configure(
-        "openai_batch", server, max_requests_per_batch=1000, max_failed_fraction=0.5
-    )
-    assert stage.run_in_process()["dropped_rejected"] == 2
+    changes: dict[str, Any] = {"max_requests_per_batch": 1000, "max_failed_fraction": 0.5}
+    stage = make_stage().configure("openai_batch", server, **changes)
+    counts = stage.run_in_process()
+    assert counts["dropped_no_answer"] == 2
+    assert stage.run_in_process() == counts
     assert server.num_batches() == 3
+    stage.configure("openai_batch", server, retry_failed=True, **changes)
+    assert "dropped_no_answer" not in stage.run_in_process()
+    assert set(server.answered().values()) == {1}
+
+
+def test_a_result_that_cannot_be_read_may_have_to_be_paid_for(
+    make_stage: MakeStage, server: ServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts as spent, at the most that a request of the batch can cost on average, and as an
+    attempt: its request is not bought for ever."""
+    server.fail("batch", *["malformed"] * 2)
+    stage = make_stage().configure(
+        "openai_batch", server, max_requests_per_batch=1000, max_attempts=2, max_failed_fraction=0.5
+    )
+    requests = {request.key: request for request in stage.requests()}
+    config = stage.config
+    assert isinstance(config, OpenAIBatchConfig)
+    counts = stage.run_in_process()
+    assert counts["dropped_no_answer"] == 1
+    first = next(iter(requests.values()))
+    mean_most = math.fsum(map(config.max_usd, requests.values())) / len(requests)
+    lost_usd = mean_most + config.max_usd(first)
+    assert stage.run_in_process() == counts
+    printed = capsys.readouterr().out
+    assert printed.count(f"${lost_usd:.4f} for answers that were lost or malformed") == 2
+    assert printed.count(f"(${lost_usd:.4f} of it estimated)") == 2
+    assert server.num_batches() == 2
+
+
+def test_a_key_that_a_batch_sends_back_is_not_shown(
+    make_stage: MakeStage, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a part of it, where a long message is cut off."""
+    key = "Wombat/7+secret"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.accept_key(key)
+    server.fail("batch", "echo")
+    stage = make_stage().configure("openai_batch", server, max_requests_per_batch=1000)
+    with pytest.raises(UserError, match=r"2 rejected .*illegal header \[key") as caught:
+        stage.run_in_process()
+    assert key[:3] not in str(caught.value)
+
+
+def test_pending_batches_count_for_runs_that_do_not_wait_for_them(
+    make_stage: MakeStage, server: ServerProcess
+) -> None:
+    """Single requests, of the stage or a preview, leave what batches can cost of the budget."""
+    stage = make_stage().configure("openai_batch", server, poll_interval_seconds=60.0)
+    stage.kill_with_pending_batch(server)
+    with sqlite3.connect(stage.paths["cache"]) as db:
+        (pending_usd,) = db.execute("select sum(expected_usd) from batches").fetchone()
+    stage.configure("openai", server, max_cost_usd=pending_usd)
+    with pytest.raises(UserError, match=rf"spent so far: \${pending_usd:.4f} \(.*above max_cost"):
+        stage.run_in_process()
+    stage.configure("openai_batch", server, max_cost_usd=2 * pending_usd).run_in_process()
+    assert set(server.answered().values()) == {1}
 
 
 def test_a_good_pilot_is_followed_by_the_rest(make_stage: MakeStage, server: ServerProcess) -> None:
@@ -234,7 +300,7 @@ def test_an_upload_whose_id_was_lost_is_used(
 def test_a_batch_that_the_server_lost_can_be_given_up(
     make_stage: MakeStage, server: ServerProcess
 ) -> None:
-    """Its requests are sent again."""
+    """Its requests are sent again, and what it may have cost counts as spent."""
     stage = make_stage().configure(
         "openai_batch", server, max_requests_per_batch=1000, poll_interval_seconds=60.0
     )
@@ -246,7 +312,14 @@ def test_a_batch_that_the_server_lost_can_be_given_up(
         stage.run_in_process()
     with pytest.raises(UserError, match="no pending batch has the id batch_0"):
         forget_batch(cache, "batch_0")
-    assert f"its {len(stage.digests())} requests will be sent" in forget_batch(cache, batch_id)
+    with sqlite3.connect(cache) as db:
+        (max_usd,) = db.execute("select expected_usd from batches").fetchone()
+    text = forget_batch(cache, batch_id)
+    assert f"its {len(stage.digests())} requests will be sent" in text
+    assert f"${max_usd:.4f}, counts towards max_cost_usd" in text
+    stage.configure("openai_batch", server, max_cost_usd=max_usd)
+    with pytest.raises(UserError, match=rf"spent so far: \${max_usd:.4f} \(.*above max_cost_usd"):
+        stage.run_in_process()
     stage.configure("openai_batch", server, max_requests_per_batch=1000).run_in_process()
     assert set(server.answered().values()) == {1}
 
@@ -323,10 +396,15 @@ def test_durations_are_shown_in_their_largest_unit() -> None:
 def test_progress_is_printed_while_a_batch_is_in_progress(
     make_stage: MakeStage, server: ServerProcess, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Although no response arrives meanwhile."""
+    """Although no response arrives meanwhile, with the dollars and the failures by reason."""
+    server.fail("batch", "length")
     server.fail("batch", "slow")
-    server.fail("poll", *[""] * 3, "400")
+    server.fail("poll", *[""] * 5, "400")
     stage = make_stage().configure("openai_batch", server, **QUICK, max_concurrent_batches=1)
     with pytest.raises(UserError, match="this went wrong"):
         stage.run_in_process()
-    assert "3/40 of the batch" in capfd.readouterr().err
+    pattern = (
+        r"3/40 of the batch, .* left; failed: 1 truncated; \$0\.\d{4} spent, \$0\.\d{4} reserved,"
+        r" \$0\.\d{4} expected in all"
+    )
+    assert re.search(pattern, capfd.readouterr().err)

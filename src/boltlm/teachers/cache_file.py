@@ -50,6 +50,8 @@ ADDITIONS = (
     """create trigger response_removed after delete on answers begin
     update totals set responses = responses - 1; end""",
     "create table remote_files (file text primary key, asker text)",
+    # Repeats the rows, so that damage to them is noticed; `asked` has such an index too.
+    "create index batches_copy on batches (token, asker, file, batch, expected_usd)",
 )
 _STATE_CHARACTERS = 200  # a fixed length, so that the state can be overwritten by a single call
 

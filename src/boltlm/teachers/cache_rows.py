@@ -29,8 +29,9 @@ def read_totals(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def find_faults(connection: sqlite3.Connection) -> str:
-    """What SQLite finds wrong with the structure of a file; empty where it is intact."""
-    faults = [row for (row,) in connection.execute("pragma quick_check(3)")]
+    """What SQLite finds wrong with the structure of a file; empty where it is intact. Tables with
+    no checksums are compared with their indexes, which repeat all of their columns."""
+    faults = [row for (row,) in connection.execute("pragma integrity_check(3)")]
     return "" if faults == ["ok"] else "; ".join(" ".join(fault.split()) for fault in faults)
 
 

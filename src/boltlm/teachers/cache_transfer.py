@@ -27,7 +27,7 @@ from boltlm.teachers.cache_rows import (
     scan_responses,
 )
 from boltlm.teachers.cache_salvage import salvage_rows
-from boltlm.teachers.charges import Charge, merge_charges, select_charges
+from boltlm.teachers.charges import FORGOTTEN, Charge, add_charges, merge_charges, select_charges
 from boltlm.teachers.response_cache import PendingBatch, ResponseCache, TeacherResponse
 
 _SQLITE_HEADER = b"SQLite format 3\0"
@@ -121,15 +121,20 @@ def import_cache(path: Path, source: Path) -> str:
 
 
 def forget_batch(path: Path, batch_id: str) -> str:
-    """Give up a pending batch, so that its requests are sent again."""
+    """Give up a pending batch, so that its requests are sent again. What it may have cost counts as
+    spent."""
     _require_file(path)
     with closing(ResponseCache(path)) as cache:
         batch = cache.find_batch(batch_id)
         if batch is None:
             raise UserError(f"{path}: no pending batch has the id {batch_id}")
         count = len(cache.batch_requests(batch.token))
+        add_charges(cache, [Charge(batch.teacher, FORGOTTEN, batch.max_usd, estimated=True)])
         cache.complete_batch(batch, [])
-    return f"{path}: {batch_id} is given up; its {count:,} requests will be sent and paid for again"
+    return (
+        f"{path}: {batch_id} is given up; its {count:,} requests will be sent and paid for again,"
+        f" and the most that it can have cost, ${batch.max_usd:.4f}, counts towards max_cost_usd"
+    )
 
 
 def _require_file(path: Path) -> None:

@@ -12,19 +12,18 @@ from dataclasses import astuple, dataclass
 
 from boltlm.teachers.response_cache import ResponseCache
 
-_SCHEMA = """
-create table if not exists charges (
+_SCHEMA = (
+    """create table if not exists charges (
     key text, reason text, usd real, estimated integer, message text,
-    at text default current_timestamp)
-"""
-# Reasons. Of the first three the server may have charged for an answer that was not received.
-TIMEOUT, CONNECTION, KILLED, MALFORMED, PROBE = (
-    "timeout",
-    "connection",
-    "killed",
-    "malformed",
-    "probe",
+    at text default current_timestamp)""",
+    # Repeats the rows, so that a check of the file notices damage to them.
+    """create index if not exists charges_copy on charges (
+    key, reason, usd, estimated, message)""",
 )
+# Reasons. Of the first three the server may have charged for an answer that was not received.
+TIMEOUT, CONNECTION, KILLED = "timeout", "connection", "killed"
+MALFORMED, PROBE = "malformed", "probe"
+LOST, FORGOTTEN = "lost", "forgotten"  # results that a batch does not hold; a batch given up
 IN_FLIGHT = "in_flight"  # the sum of what a running process has in flight, by its teacher
 GIVEN_UP = "given_up"  # no charge: the server never answered this request, but others
 
@@ -51,7 +50,7 @@ def record_in_flight(cache: ResponseCache, teacher: str, usd: float) -> None:
     """Save the most that the requests in flight can cost, before they are sent. 0: there are none.
     If the process is killed, the next one counts this amount."""
     with cache:
-        cache.connection.execute(_SCHEMA)
+        _create_table(cache)
         cache.connection.execute(
             "delete from charges where key = ? and reason = ?", (teacher, IN_FLIGHT)
         )
@@ -97,11 +96,16 @@ def merge_charges(cache: ResponseCache, charges: Iterable[Charge]) -> None:
 
 
 def _insert(cache: ResponseCache, charges: Iterable[Charge]) -> None:
-    cache.connection.execute(_SCHEMA)
+    _create_table(cache)
     cache.connection.executemany(
         "insert into charges (key, reason, usd, estimated, message) values (?, ?, ?, ?, ?)",
         (astuple(charge) for charge in charges),
     )
+
+
+def _create_table(cache: ResponseCache) -> None:
+    for statement in _SCHEMA:
+        cache.connection.execute(statement)
 
 
 def _has_table(connection: sqlite3.Connection) -> bool:

@@ -189,16 +189,12 @@ class ChatSession:
 
     async def _receive(self, task: _Task, sent: SentRequest, raw: Any) -> tuple[float, bool]:
         """Save the response. Returns its cost, and whether that is an estimate."""
-        config, request = self.config, task.pending.request
+        request, attempt = task.pending.request, task.pending.attempt
         body: Any = None
         try:
             body = json.loads(raw.text)
             response = parse_completion(
-                body,
-                config,
-                request.key,
-                task.pending.attempt,
-                max_input_tokens=config.max_tokens(request)[0],
+                body, self.config, request.key, attempt, max_usd=task.max_usd
             )
         except (MalformedResponseError, ValueError):
             return await self._handle_malformed(task, sent, reported_tokens(body))
@@ -207,7 +203,7 @@ class ChatSession:
         tokens = response.input_tokens + response.output_tokens
         self.limiter.succeed(sent, raw.headers, tokens, self.clock())
         self.ledger.record(response, request.source)
-        return response.cost_usd, reported_tokens(body) is None
+        return response.cost_usd, response.is_estimated
 
     async def _handle_malformed(
         self, task: _Task, sent: SentRequest, tokens: tuple[int, int] | None

@@ -20,15 +20,14 @@ def parse_completion(
     key: str,
     attempt: int,
     *,
-    max_input_tokens: int = 0,
+    max_usd: float,
     batch: str = "",
 ) -> TeacherResponse:
     """The response in a chat completion. Only the necessary fields are read, because compatible
     servers differ in the others.
 
-    `max_input_tokens`: used where the server does not report the number of input tokens. `batch`:
-    the id of the batch that the completion belongs to. Raises MalformedResponseError where there is
-    no message.
+    `max_usd`: the cost where the server does not report the usage. `batch`: the id of the batch
+    that the completion belongs to. Raises MalformedResponseError where there is no message.
     """
     try:
         body = completion if isinstance(completion, dict) else completion.model_dump(warnings=False)
@@ -37,7 +36,7 @@ def parse_completion(
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise MalformedResponseError from error
     usage = reported_tokens(body)
-    input_tokens, output_tokens = usage or (max_input_tokens, config.max_output_tokens)
+    input_tokens, output_tokens = usage or (0, config.max_output_tokens)
     return TeacherResponse(
         key=key,
         attempt=attempt,
@@ -45,7 +44,7 @@ def parse_completion(
         finish="refused" if refusal else _valid_unicode(str(choice.get("finish_reason") or "stop")),
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        cost_usd=config.prices.cost(input_tokens, output_tokens, batch=bool(batch)),
+        cost_usd=config.prices.cost(*usage, batch=bool(batch)) if usage else max_usd,
         model=_valid_unicode(str(body.get("model"))),
         batch=batch,
     )

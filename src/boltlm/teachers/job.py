@@ -19,12 +19,7 @@ from boltlm.teachers.model_config import (
     VLLMTeacherConfig,
 )
 from boltlm.teachers.prompts import RequestBuilder, TeacherRequest
-from boltlm.teachers.requests import (
-    RequestFailure,
-    RequestLedger,
-    RequestStatus,
-    TeacherClient,
-)
+from boltlm.teachers.requests import RequestFailure, RequestLedger, RequestStatus, TeacherClient
 from boltlm.teachers.response_cache import ResponseCache
 from boltlm.teachers.response_checks import NO_ANSWER, ResponseChecks, SupportsEncode
 from boltlm.teachers.tables import (
@@ -132,11 +127,14 @@ class TeacherJob:
 
     def _read_charges(self, ledger: RequestLedger) -> dict[str, list[Charge]]:
         """The charges of earlier runs by key. Enters those that belong to no single request into
-        the ledger."""
+        the ledger, and what pending batches can cost that this run does not wait for."""
         teacher = fingerprint(self.config.sampling_facts)
         adopt_in_flight(ledger.cache, teacher)
         charges = read_charges(ledger.cache)
         self._enter_charges(ledger, charges.get(teacher, ()))
+        if not isinstance(self.config, OpenAIBatchConfig):
+            for batch in ledger.cache.pending_batches(teacher):
+                ledger.budget.charge(batch.max_usd, estimated=True)
         return charges
 
     def _enter_charges(self, ledger: RequestLedger, charges: Iterable[Charge]) -> None:
@@ -178,7 +176,8 @@ class TeacherJob:
                 continue
             self._enter_charges(ledger, charges.get(request.key, ()))
             status = ledger.status(request)
-            ledger.budget.spent += sum(response.cost_usd for response in status.responses)
+            for response in status.responses:
+                ledger.budget.charge(response.cost_usd, estimated=response.is_estimated)
             if keys is not None and request.key not in keys:
                 continue
             ledger.usable += status.response is not None

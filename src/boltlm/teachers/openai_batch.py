@@ -21,6 +21,7 @@ from boltlm.errors import UserError
 from boltlm.fingerprint import fingerprint
 from boltlm.teachers.api_errors import to_user_error
 from boltlm.teachers.api_key import read_api_key
+from boltlm.teachers.charges import GIVEN_UP, LOST, Charge, add_charges
 from boltlm.teachers.model_config import OpenAIBatchConfig
 from boltlm.teachers.openai_batch_files import (
     BatchResults,
@@ -65,7 +66,7 @@ class OpenAIBatchClient:
 
         def show_failure(message: str) -> None:
             ledger.progress.note(f"{message}; trying again")
-            ledger.progress.advance(0)
+            ledger.progress.tick()
 
         try:
             with openai.OpenAI(
@@ -101,9 +102,9 @@ class OpenAIBatchClient:
             in_progress = [b for b in in_progress if outcomes[b.token] == "in_progress"]
             self._adapt_batch_size(set(outcomes.values()), ledger)
             self._cancel_if_hopeless(in_progress, ledger)
-            texts = (f"${ledger.budget.spent:.4f}", self.progress.describe())
-            ledger.progress.note(", ".join(filter(None, texts)))
-            ledger.progress.advance(0)
+            ledger.activity = self.progress.describe()
+            ledger.show()
+            ledger.progress.tick()
             if "ended" not in outcomes.values():
                 time.sleep(self.config.poll_interval_seconds)
 
@@ -215,7 +216,15 @@ class OpenAIBatchClient:
         again."""
         if not batch.id:
             return "ended"  # given up in `_resume`
-        remote = self._retrieve(batch, ledger)
+        try:
+            remote = self.server.retrieve(batch.id)
+        except openai.NotFoundError as error:
+            raise UserError(
+                f"{ledger.teacher}: the server does not know the batch {batch.id} for this API key;"
+                " use the server and the key with which it was created. To give it up, and send and"
+                f" pay for its requests again: boltlm cache forget {batch.id} --cache"
+                f" {ledger.cache.path}"
+            ) from error
         self.progress.update(remote)
         if not remote.has_ended:
             return "in_progress"
@@ -248,8 +257,11 @@ class OpenAIBatchClient:
         responses = results.responses.values()
         files = filter(None, (batch.file, remote.output_file, remote.error_file))
         unneeded = () if self.config.keep_files else files
+        if results.lost_usd:
+            add_charges(ledger.cache, [Charge(batch.teacher, LOST, results.lost_usd, True)])
         ledger.cache.complete_batch(batch, responses, remote_files=unneeded)
-        ledger.budget.settle(batch.max_usd, sum(response.cost_usd for response in responses))
+        ledger.budget.settle(batch.max_usd, results.reported_usd)
+        ledger.budget.charge(results.estimated_usd, estimated=True)
         for response in responses:
             ledger.record(response, sources.get(response.key))
         for (key, _), message in results.rejected.items():
@@ -257,7 +269,8 @@ class OpenAIBatchClient:
         for (key, _), message in results.failed.items():
             self.failures[key] += 1
             if self.failures[key] >= ledger.max_attempts:
-                ledger.reject(key, message)
+                add_charges(ledger.cache, [Charge(key, GIVEN_UP, 0.0, False, message)])
+                ledger.give_up(key, message)
 
     def _check_batch(
         self, remote: RemoteBatchState, results: BatchResults, ledger: RequestLedger
@@ -276,25 +289,12 @@ class OpenAIBatchClient:
                     " then run the stage again"
                 )
             )
-        verdict = self.pilot.judge(ledger.teacher)
-        if verdict is not None:
+        if (verdict := self.pilot.judge(ledger.teacher)) is not None:
             ledger.stop(verdict)
-
-    def _retrieve(self, batch: PendingBatch, ledger: RequestLedger) -> RemoteBatchState:
-        try:
-            return self.server.retrieve(batch.id)
-        except openai.NotFoundError as error:
-            raise UserError(
-                f"{ledger.teacher}: the server does not know the batch {batch.id} for this API key;"
-                " use the server and the key with which it was created. To give it up, and send and"
-                f" pay for its requests again: boltlm cache forget {batch.id} --cache"
-                f" {ledger.cache.path}"
-            ) from error
 
     def _delete_files(self, ledger: RequestLedger) -> None:
         """Delete the files of finished batches at the server; those that cannot be deleted now are
         remembered."""
         files = [] if self.config.keep_files else ledger.cache.remote_files(self.teacher)
-        for file in files:
-            if self.server.delete_file(file):
-                ledger.cache.forget_remote_file(file)
+        for file in filter(self.server.delete_file, files):
+            ledger.cache.forget_remote_file(file)

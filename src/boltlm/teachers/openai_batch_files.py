@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 import openai
 
-from boltlm.teachers.completions import MalformedResponseError, parse_completion
+from boltlm.errors import redact
+from boltlm.teachers.completions import MalformedResponseError, parse_completion, reported_tokens
 from boltlm.teachers.model_config import OpenAIBatchConfig
 from boltlm.teachers.openai_batch_server import BatchServer, RemoteBatchState, is_temporary
 from boltlm.teachers.response_cache import TeacherResponse
@@ -26,11 +27,28 @@ class IncompleteResultsError(Exception):
 class BatchResults:
     """The results of a batch by (key, attempt). `rejected`: messages of the server for requests
     that it does not accept. `failed`: its messages for requests whose processing failed. Requests
-    in none of them were not processed, or their results do not exist."""
+    in none of them were not processed. `lost_usd`: the assumed cost of results that do not exist,
+    although the server counts their requests as completed."""
 
     responses: dict[tuple[str, int], TeacherResponse] = field(default_factory=dict)
     rejected: dict[tuple[str, int], str] = field(default_factory=dict)
     failed: dict[tuple[str, int], str] = field(default_factory=dict)
+    lost_usd: float = 0.0
+
+    def lacks(self, request: tuple[str, int]) -> bool:
+        """Whether a request has no result."""
+        return not any(request in group for group in (self.responses, self.rejected, self.failed))
+
+    @property
+    def reported_usd(self) -> float:
+        """The cost of the responses whose usage the server has reported."""
+        return sum(r.cost_usd for r in self.responses.values() if not r.is_estimated)
+
+    @property
+    def estimated_usd(self) -> float:
+        """The most that the other responses and the lost results can have cost."""
+        usd = sum(r.cost_usd for r in self.responses.values() if r.is_estimated)
+        return usd + self.lost_usd
 
 
 class ResultsReader:
@@ -44,8 +62,9 @@ class ResultsReader:
         self, batch: RemoteBatchState, requests: set[tuple[str, int]], cost_usd: float
     ) -> BatchResults:
         """The results of a batch that has ended. `requests`: those that it was created for.
-        `cost_usd`: the assumed cost of a response that does not say how many tokens it used."""
-        results = BatchResults()
+        `cost_usd`: the assumed cost of a response that does not say how many tokens it used. A
+        result that is completed but does not exist counts as a failure that costs as much."""
+        results, num_lost = BatchResults(), 0
         if batch.completed and batch.output_file is None:
             raise IncompleteResultsError(f"{batch.completed} requests are completed without a file")
         for file_id in filter(None, (batch.output_file, batch.error_file)):
@@ -61,6 +80,11 @@ class ResultsReader:
                     f"the file {file_id} has {num_read:,} results and {file.num_damaged:,} damaged"
                     f" lines instead of {expected:,} results"
                 )
+            num_lost += max(0, expected - num_read)
+        if num_lost:
+            results.lost_usd = num_lost * cost_usd
+            for request in filter(results.lacks, requests):
+                results.failed[request] = "the file of results does not hold this one"
         return results
 
     def _is_whole(self, file: "_RemoteLines") -> bool:
@@ -79,8 +103,7 @@ class ResultsReader:
         request = parse_custom_id(line)
         if request not in requests:
             return False
-        known = (results.responses, results.rejected, results.failed)
-        is_first = not any(request in group for group in known)
+        is_first = results.lacks(request)
         http_response = line.get("response")
         if not isinstance(http_response, dict):
             return is_first  # it has expired or was cancelled
@@ -98,15 +121,14 @@ class ResultsReader:
         self, body: Any, request: tuple[str, int], batch_id: str, cost_usd: float
     ) -> TeacherResponse:
         """The response in a line. It was paid for, so also a malformed one counts as an attempt."""
+        config = self.config
         try:
-            response = parse_completion(body, self.config, *request, batch=batch_id)
+            return parse_completion(body, config, *request, max_usd=cost_usd, batch=batch_id)
         except MalformedResponseError:
-            response = TeacherResponse(
-                *request, "", _MALFORMED, 0, 0, cost_usd, self.config.model, batch_id
-            )
-        if response.input_tokens == 0:  # not reported
-            response = replace(response, cost_usd=cost_usd)
-        return response
+            usage = reported_tokens(body)
+            usd = config.prices.cost(*usage, batch=True) if usage else cost_usd
+            tokens = usage or (0, 0)
+            return TeacherResponse(*request, "", _MALFORMED, *tokens, usd, config.model, batch_id)
 
 
 class _RemoteLines:
@@ -161,7 +183,7 @@ def _error_message(body: Any) -> str:
     """The server's message in the body of an error; empty where there is none."""
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
-    return str(message or "")[:_MAX_MESSAGE_CHARACTERS]
+    return redact(str(message or ""))[:_MAX_MESSAGE_CHARACTERS]
 
 
 def parse_custom_id(line: dict[str, Any]) -> tuple[str, int]:

@@ -29,6 +29,7 @@ from boltlm.teachers.cache_file import (
 from boltlm.teachers.cache_rows import RESPONSE_COLUMNS, read_totals, row_checksum
 
 _MAX_MESSAGE_CHARACTERS = 80
+_BATCHES = "select token, asker, file, batch, expected_usd from batches"
 # On disk, as `counted` below: there may be more responses than fit into memory.
 _VERDICTS = """create temp table verdicts (
     key text, attempt integer, reason text, primary key (key, attempt)) without rowid"""
@@ -39,7 +40,8 @@ class TeacherResponse:
     """A row of the table `answers`: the response to one attempt at a request.
 
     `finish`: the reason why the text ended: stop, length, refused, or another word of the API.
-    `cost_usd`: the cost of this response alone. `batch`: the id of its batch, or an empty string.
+    `input_tokens`: 0 where the server has not reported the usage. `cost_usd`: the cost of this
+    response alone. `batch`: the id of its batch, or an empty string.
     """
 
     key: str
@@ -51,6 +53,11 @@ class TeacherResponse:
     cost_usd: float
     model: str
     batch: str = ""
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether `cost_usd` is the most that the response can have cost, for want of a usage."""
+        return self.input_tokens == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +200,10 @@ class ResponseCache:
         return is_answered or self.is_in_batch(key, attempt)
 
     def _insert(self, responses: Iterable[TeacherResponse]) -> None:
-        rows = map(astuple, responses)
         self.connection.executemany(
             f"insert or ignore into answers ({RESPONSE_COLUMNS}, checksum)"
             " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            ((*row, row_checksum(row)) for row in rows),
+            ((*row, row_checksum(row)) for row in map(astuple, responses)),
         )
 
     def reset_occurrences(self) -> None:
@@ -230,17 +236,13 @@ class ResponseCache:
 
     def pending_batches(self, teacher: str) -> list[PendingBatch]:
         """The pending batches of a teacher, oldest first."""
-        rows = self._read(
-            "select token, asker, file, batch, expected_usd from batches where asker = ?"
-            " order by at, token",
-            (teacher,),
-        )
+        rows = self._read(f"{_BATCHES} where asker = ? order by at, token", (teacher,))
         return [PendingBatch(*row) for row in rows]
 
     def find_batch(self, batch_id: str) -> PendingBatch | None:
         """The pending batch with this id, of any teacher."""
-        query = "select token, asker, file, batch, expected_usd from batches where batch = ?"
-        return next((PendingBatch(*row) for row in self._read(query, (batch_id,))), None)
+        rows = self._read(f"{_BATCHES} where batch = ?", (batch_id,))
+        return next((PendingBatch(*row) for row in rows), None)
 
     def batch_requests(self, token: str) -> set[tuple[str, int]]:
         """(key, attempt) of every request of a pending batch."""
@@ -265,9 +267,8 @@ class ResponseCache:
     def update_batch(self, token: str, *, file: str, id: str) -> None:
         """Save the ids that the server assigned to a batch's file and to the batch itself."""
         with self:
-            self.connection.execute(
-                "update batches set file = ?, batch = ? where token = ?", (file, id, token)
-            )
+            query = "update batches set file = ?, batch = ? where token = ?"
+            self.connection.execute(query, (file, id, token))
 
     def complete_batch(
         self,

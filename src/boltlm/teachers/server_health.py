@@ -13,7 +13,7 @@ from boltlm.fingerprint import fingerprint
 from boltlm.teachers.api_errors import ErrorKind, error_kind
 from boltlm.teachers.cache_writer import CacheWriter
 from boltlm.teachers.charges import PROBE, Charge, add_charges
-from boltlm.teachers.completions import MalformedResponseError, parse_completion, reported_tokens
+from boltlm.teachers.completions import MalformedResponseError, parse_completion
 from boltlm.teachers.model_config import OpenAIChatConfig
 from boltlm.teachers.prompts import TeacherRequest
 from boltlm.teachers.requests import RequestLedger
@@ -87,12 +87,11 @@ class ServerHealth:
         try:
             raw = await self.send(_PROBE, 0, f"probe-{self.last_probe}")
             body = json.loads(raw.text)
-            response = parse_completion(body, self.config, _PROBE.key, 0)
+            response = parse_completion(body, self.config, _PROBE.key, 0, max_usd=max_usd)
         except openai.OpenAIError as error:
             lost = error_kind(error) is ErrorKind.LOST
             return (max_usd if lost else 0.0), lost
         except (MalformedResponseError, ValueError):
             return max_usd, True
         self.succeed()
-        known = reported_tokens(body) is not None
-        return (response.cost_usd if known else max_usd), not known
+        return response.cost_usd, response.is_estimated
