@@ -224,10 +224,11 @@ class Experiment:
         left = [*left, *self.left_behind(time.monotonic() + MAX_SECONDS_TO_END)]
         differing = self.differing_files()
         litter = [str(path) for path in (self.folder / ".work").rglob("*.lock")]
-        if self.logged_runs() != self.logged:
-            litter.append(f"MLflow has {self.logged_runs()}, not {self.logged}")
+        now = self.logged_runs()
+        litter += [f"a run in MLflow, {run}" for run in (now - self.logged).elements()]
+        litter += [f"no run in MLflow, {run}" for run in (self.logged - now).elements()]
         found = [f"{stage}: {path} differs" for path in differing]
-        found += [f"{stage}: litter: {text}" for text in litter]
+        found += [f"{stage}: left or lost: {text}" for text in litter]
         problems = (*problems, *found)
         return Outcome(
             name,
