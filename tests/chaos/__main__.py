@@ -10,6 +10,7 @@ import argparse
 import datetime
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -30,7 +31,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=180, help="kills stop after this time")
-    parser.add_argument("--only", default="", help="only faults and stages with this in their name")
+    parser.add_argument(
+        "--only", default="", help="only faults and stages whose name has this pattern"
+    )
     args = parser.parse_args()
     began, outcomes = time.monotonic(), list[Outcome]()
     args.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +58,10 @@ def main() -> None:
 def injected(experiment: Experiment, args: argparse.Namespace, end: float) -> Iterator[Outcome]:
     """What became of each fault and each kill; there are no more kills after `end`."""
     for fault in (*faults.faults(experiment), *processes.faults(experiment)):
-        if args.only in fault.name:
+        if re.search(args.only, fault.name):
             yield experiment.fault(fault)
     chance = random.Random(args.seed)
-    stages = [stage for stage in STAGES if args.only in stage]
+    stages = [stage for stage in STAGES if re.search(args.only, stage)]
     for index in range(args.kills if stages else 0):
         if time.monotonic() > end:
             break

@@ -1,9 +1,11 @@
 """Processes that die in the middle of a stage, and runs that meet each other."""
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import psutil
 import yaml
@@ -21,16 +23,42 @@ def faults(experiment: Experiment) -> Iterator[Fault]:
     names = {"local": "a local E-step worker killed", "ray": "a Ray actor killed"}
     for executor, name in names.items():
         yield Fault(name, "latents@em1", lambda e=executor: _worker_killed(experiment, e))
+    yield Fault("a Ray node lost", "latents@em1", lambda: _node_lost(experiment))
     yield Fault("two dvc repro at once", "latents@em1", lambda: _two_at_once(experiment))
     yield Fault("two queued experiments at once", "latents@em1", lambda: _queued(experiment))
 
 
 def _worker_killed(experiment: Experiment, executor: str) -> Repair:
-    """The stage with two workers, of which one is killed as soon as both are there: it must make
-    the same files as the one worker of the experiment."""
+    """One of two workers is killed as soon as both are there."""
+    process, workers = _with_workers(experiment, EXECUTORS[executor], executor=executor, workers=2)
+    workers[0].kill()
+    return _finished(experiment, process)
+
+
+def _node_lost(experiment: Experiment) -> Repair:
+    """The node with the only actor ends without a word, and another one joins the cluster."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        lost = cluster.add_node(num_cpus=2)
+        sampling = {"executor": "ray", "workers": 1, "address": cluster.address}
+        process, _ = _with_workers(experiment, "", **sampling)
+        cluster.add_node(num_cpus=2)
+        wait_until(process, lambda: any((experiment.folder / ".work").rglob("*.sha256")))
+        cluster.remove_node(lost, allow_graceful=False)
+        return _finished(experiment, process)
+    finally:
+        cluster.shutdown()
+
+
+def _with_workers(
+    experiment: Experiment, title: str, **sampling: Any
+) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """The stage with other workers than the experiment, and these when all of them are there."""
     experiment.forget_work()
     params = yaml.safe_load((experiment.folder / "params.yaml").read_text("utf-8"))
-    params["sampling"] |= {"executor": executor, "workers": 2, "threads": 1}
+    params["sampling"] |= {"threads": 1, **sampling}
     path = experiment.folder.with_name("workers.yaml")
     path.write_text(yaml.safe_dump(params), encoding="utf-8")
     command = stage_command(experiment.folder, "latents@em1")
@@ -39,12 +67,16 @@ def _worker_killed(experiment: Experiment, executor: str) -> Repair:
     workers: list[psutil.Process] = []
 
     def are_there() -> bool:
-        workers[:] = _children(process.pid, EXECUTORS[executor])
-        return len(workers) == params["sampling"]["workers"]
+        workers[:] = _children(process.pid, title) if title else []
+        return not title or len(workers) == sampling["workers"]
 
     wait_until(process, are_there)
     assert process.poll() is None, f"ended before it had workers: {experiment.text()[-500:]}"
-    workers[0].kill()
+    return process, workers
+
+
+def _finished(experiment: Experiment, process: subprocess.Popen[bytes]) -> Repair:
+    """The run must complete by itself, with the files that the experiment's one worker makes."""
     assert process.wait() == 0, f"ended with its worker: {experiment.text()[-500:]}"
     differing = experiment.differing_files()
     assert not differing, f"{', '.join(differing)} differ"
