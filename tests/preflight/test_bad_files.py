@@ -18,11 +18,11 @@ import yaml
 from boltlm.param_values import Finding
 from boltlm.params import build_settings, load
 from boltlm.preflight.data import data_findings
-from boltlm.preflight.machine import disk_findings, machine_findings
+from boltlm.preflight.disk import CHECKPOINTS, disk_findings, needed_bytes
+from boltlm.preflight.machine import machine_findings
 from boltlm.preflight.models import checkpoint_findings
 from boltlm.reporting.plan import Planner
 from boltlm.reporting.plan_config import ACCELERATORS, PlanSettings
-from boltlm.reporting.plan_disk import CHECKPOINTS, needed_bytes
 from boltlm.training.checkpointing import MAX_CHECKPOINTS
 from tests import tiny
 from tests.preflight.test_bad_params import COLUMNS, FILES, LAPTOP, changed

@@ -43,10 +43,10 @@ def plan_of(path: Path) -> str:
 
 def plan_report(args: argparse.Namespace) -> str:
     """The plan as text. `args`: the arguments of the command."""
+    from boltlm.preflight.disk import done_stages
     from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.plan import Planner
     from boltlm.reporting.plan_config import ACCELERATORS, PlanSettings
-    from boltlm.reporting.plan_disk import done_stages
     from boltlm.reporting.plan_table import plan_text
 
     params = load(args.params)

@@ -34,7 +34,8 @@ def check_experiment(path: Path) -> None:
     """As `check_data`; the machine must have what the settings need too: packages, GPUs,
     servers, room on the disk of the current folder."""
     from boltlm.preflight.data import data_findings
-    from boltlm.preflight.machine import disk_findings, machine_findings
+    from boltlm.preflight.disk import disk_findings
+    from boltlm.preflight.machine import machine_findings
 
     params = load(path)
     findings = [*params_findings(params)]

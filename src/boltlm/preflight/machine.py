@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 from boltlm.param_values import Finding
 from boltlm.preflight.models import is_hub_name
 from boltlm.preflight.settings import section_entries
-from boltlm.reporting.plan_disk import done_stages, needed_bytes
-from boltlm.reporting.plan_table import short_size
 
 _SECONDS = 1.0  # that a server may take to accept a connection
 _RAY_PORT = 6379
@@ -49,20 +47,6 @@ def _packages(params: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterato
             yield Finding(
                 key, f" is {package}, which is not installed here; install it or change the key"
             )
-
-
-def disk_findings(params: Mapping[str, Any], folder: Path) -> Iterator[Finding]:
-    """Too little room on the disk of `folder`, which holds the experiment with its dvc.lock. Params
-    must be right."""
-    needed = needed_bytes(params, done_stages(params, folder / "dvc.lock"))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        yield Finding(
-            "",
-            f"the stages that have not run need about {short_size(needed)} of disk (`boltlm plan`"
-            f" and the checkpoints of a training), but {short_size(free)} are free in"
-            f" {folder.resolve()}; make room there",
-        )
 
 
 def _visible_gpus() -> int:

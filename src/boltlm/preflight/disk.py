@@ -1,18 +1,35 @@
 """Which stages are done, and the room on the disk that the others need."""
 
-from collections.abc import Mapping, Set
+import shutil
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from boltlm.param_values import Finding
 from boltlm.params import build_settings
 from boltlm.reporting.plan import WEIGHT_BYTES, Planner
 from boltlm.reporting.plan_config import ACCELERATORS, PlanSettings
+from boltlm.reporting.plan_table import short_size
 
 # A training keeps two checkpoints and writes a third before it removes one; each has the weights
 # and, with AdamW, two moments of each.
 CHECKPOINTS, STATES = 3, 3
+
+
+def disk_findings(params: Mapping[str, Any], folder: Path) -> Iterator[Finding]:
+    """Too little room on the disk of `folder`, which holds the experiment with its dvc.lock. Params
+    must be right."""
+    needed = needed_bytes(params, done_stages(params, folder / "dvc.lock"))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        yield Finding(
+            "",
+            f"the stages that have not run need about {short_size(needed)} of disk (`boltlm plan`"
+            f" and the checkpoints of a training), but {short_size(free)} are free in"
+            f" {folder.resolve()}; make room there",
+        )
 
 
 def done_stages(params: Mapping[str, Any], lock: Path) -> frozenset[str]:
