@@ -19,7 +19,7 @@ test: .venv/ready
 
 # Hours; CHAOS="--kills 20 --seed 2" for fewer kills or another seed.
 chaos: .venv/ready
-	$(RUN) python -m tests.chaos $(or $(FOLDER),/tmp/boltlm-chaos) $(CHAOS)
+	$(RUN) python -m tests.chaos $(or $(FOLDER),/tmp/boltlm-chaos/one) $(CHAOS)
 
 check: .venv/ready
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from boltlm.errors import redact_secrets
+from boltlm import interruption
+from boltlm.errors import UserError, redact_secrets, run_main
 from tests import tiny
 
 POLL_SECONDS = 0.01
@@ -173,6 +175,35 @@ def test_processes_of_a_launcher_end_with_it(number: signal.Signals, tmp_path: P
         else:
             process.kill()
         assert_gone(ranks)
+
+
+def fail() -> None:
+    raise UserError("wrong")
+
+
+def test_outputs_that_dvc_has_removed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the error, and only those that an earlier run of this stage has made."""
+    outs = [{"path": name, "md5": "0"} for name in ("models/em1", "metrics/em1.json", "kept")]
+    lock = {"stages": {"train@em1": {"cmd": "true", "outs": outs}}}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    (tmp_path / "kept").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interruption, "handle_signals", lambda: None)
+    monkeypatch.setattr(interruption, "end_with_parent", lambda _: None)
+    note = (
+        "note: DVC has removed models/em1, metrics/em1.json before this run; to have the earlier"
+        " ones back: dvc checkout train@em1 (files in metrics/: git checkout)\n"
+    )
+    for stage, expected in (("train@em1", note), ("train@em2", ""), (None, "")):
+        if stage is None:
+            monkeypatch.delenv("DVC_STAGE")
+        else:
+            monkeypatch.setenv("DVC_STAGE", stage)
+        with pytest.raises(SystemExit):
+            run_main(fail)
+        assert capsys.readouterr().err == f"{expected}error: wrong\n"
 
 
 def test_credentials_in_an_address_are_not_shown() -> None:

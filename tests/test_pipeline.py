@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -167,6 +168,23 @@ def test_a_killed_e_step_resumes_and_ends_the_same(finished: Path) -> None:
     assert f"{len(done)} of {len(before)} shards found" in text
     assert all(path.stat().st_mtime_ns == then for path, then in done.items())
     assert before == {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+@pytest.mark.timeout(3600)
+def test_a_stage_that_is_killed_under_dvc_ends_the_same(finished: Path, tmp_path: Path) -> None:
+    """The harness of `make chaos` in short: a signal at a random moment of a stage, after which no
+    file differs and no process is left; and it notices where a file does differ."""
+    from tests.chaos.experiment import STAGES, Experiment
+
+    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"])
+    assert {stage.partition("@")[0] for stage in STAGES} == stages - {"input"}
+    shutil.copytree(finished, tmp_path / "copy", symlinks=True)
+    experiment = Experiment(tmp_path / "copy")
+    outcome = experiment.kill("split", signal.SIGTERM, random.Random(1))
+    assert (outcome.survived, outcome.tracebacks) == (1, 0), outcome.row()
+    path = tmp_path / "copy" / "metrics" / "split.json"
+    path.write_text(path.read_text("utf-8") + " ", encoding="utf-8")
+    assert experiment.differing_files() == ["metrics/split.json"]
 
 
 @pytest.mark.timeout(3600)

@@ -7,6 +7,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 from boltlm import interruption
 
@@ -74,6 +77,25 @@ def run_main(main: Callable[[], None]) -> None:
 def _report_error(error: UserError | OSError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
+        _report_removed_outputs(os.environ.get("DVC_STAGE"), Path("dvc.lock"))
         print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
     elif isinstance(error, OSError):  # concerns this machine only
         print(f"error in process {rank}: {redact_secrets(str(error))}", file=sys.stderr)
+
+
+def _report_removed_outputs(stage: str | None, lock: Path) -> None:
+    """Name the outputs that this stage of DVC has in a dvc.lock from an earlier run and that DVC
+    has removed before this run, with the commands that bring them back."""
+    if stage is None:
+        return
+    try:
+        outs = yaml.load(lock.read_bytes(), yaml.CSafeLoader)["stages"][stage].get("outs", ())
+        removed = [out["path"] for out in outs if not Path(out["path"]).exists()]
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return  # the stage has never run
+    if removed:
+        print(
+            f"note: DVC has removed {', '.join(removed)} before this run; to have the earlier ones"
+            f" back: dvc checkout {stage} (files in metrics/: git checkout)",
+            file=sys.stderr,
+        )

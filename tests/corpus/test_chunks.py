@@ -147,6 +147,9 @@ def test_sentences_join_back(text: str) -> None:
         ("a.\u3000b.\x85c.", ["a.", "\u3000b.", "\x85c."]),
         ("\n\n One. \n\n\n Two.", ["\n\n One.", " \n\n\n Two."]),
         ("Wait... what?! Yes…", ["Wait...", " what?!", " Yes…"]),
+        ("你好。再见！真的？是的", ["你好。", "再见！", "真的？", "是的"]),
+        ("." * 20_000, ["." * 20_000]),
+        ("。" * 20_000, ["。" * 20_000]),
     ],
 )
 def test_sentences_end_where_a_reader_expects(text: str, pieces: list[str]) -> None:

@@ -1,10 +1,12 @@
 """Damaged artefacts of earlier stages and odd rows, as the stages that read them see them."""
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from boltlm.checkpoint import load_model
@@ -14,6 +16,7 @@ from boltlm.evaluation.grading import grade
 from boltlm.records import Chunk, read_shard, read_tokens, shard_name, shard_paths, write_shard
 from boltlm.tokens import TextCoder
 from boltlm.training.base_model import load_checkpoint
+from boltlm.training.checkpointing import read_state
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -44,6 +47,34 @@ def test_damaged_weights_are_named(base_folder: Path, tmp_path: Path) -> None:
         load_model(folder)
     with pytest.raises(UserError, match=r"base\.model '.*model' cannot be loaded: "):
         load_checkpoint(str(folder))
+
+
+class Hostile:
+    """A pickle of this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_nothing_that_a_pickle_asks_for_is_done(base_folder: Path, tmp_path: Path) -> None:
+    """Neither in a checkpoint of a model nor in one of a training."""
+    done = tmp_path / "done"
+    content = pickle.dumps({"weight": Hostile(done)})
+    folder = copied(base_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    for load in (load_model, lambda path: load_checkpoint(str(path))):
+        with pytest.raises((UserError, OSError), match=r"cannot be|no file named"):
+            load(folder)
+    torch.save({"weight": Hostile(done)}, tmp_path / "step.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        read_state(tmp_path / "step.pt")
+    assert not done.exists()
+    pickle.loads(content)
+    assert done.exists()
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,24 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from boltlm.param_values import Finding
-from boltlm.params import load
+from boltlm.params import build_settings, load
 from boltlm.preflight.data import data_findings
+from boltlm.preflight.disk import CHECKPOINTS, disk_findings, needed_bytes
 from boltlm.preflight.machine import machine_findings
 from boltlm.preflight.models import checkpoint_findings
+from boltlm.reporting.plan import Planner
+from boltlm.reporting.plan_config import ACCELERATORS, PlanSettings
+from boltlm.training.checkpointing import MAX_CHECKPOINTS
 from tests import tiny
 from tests.preflight.test_bad_params import COLUMNS, FILES, LAPTOP, changed
 
@@ -252,6 +258,41 @@ def test_a_ray_cluster_that_does_not_answer_is_told() -> None:
     sampling = LAPTOP["sampling"] | {"executor": "ray", "address": address}
     findings = lines(machine_findings(changed(("sampling", sampling))))
     assert any(f"nothing answers at {address} within 1 s" in line for line in findings), findings
+
+
+def test_a_name_that_is_not_resolved_costs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resolver that does not answer takes longer than the limit of a connection."""
+    resolved = threading.Event()
+
+    def connect(*_: object, **__: object) -> None:
+        resolved.wait(60)
+        raise OSError("no such host")
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    sampling = LAPTOP["sampling"] | {"executor": "ray", "address": "nowhere:1"}
+    findings = lines(machine_findings(changed(("sampling", sampling))))
+    resolved.set()
+    assert any("nothing answers at nowhere:1 within 1 s" in line for line in findings), findings
+
+
+def test_a_disk_that_is_too_small_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights of the laptop experiment, and the checkpoints of one training, must fit; what is
+    done needs nothing."""
+    assert CHECKPOINTS == MAX_CHECKPOINTS + 1
+    settings = build_settings(PlanSettings, LAPTOP)
+    assert settings.model_size is not None
+    weights = 4 * settings.model_size.parameters
+    needed = needed_bytes(LAPTOP, set())
+    models = len(settings.models) + 1
+    assert (models + 3 * CHECKPOINTS) * weights < needed < 1.5 * (models + 9) * weights
+    planned = Planner(settings, ACCELERATORS["cpu"], 1).stages()
+    assert needed_bytes(LAPTOP, {stage.stage for stage in planned}) == 0
+    for free in (needed, needed - 1):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        findings = lines(disk_findings(LAPTOP, tmp_path))
+        assert len(findings) == (free < needed), findings
+        assert all(f"are free in {tmp_path}; make room there" in line for line in findings)
 
 
 def test_packages_that_are_not_installed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,16 @@ def test_a_deleted_mlflow_experiment_is_reported_with_the_remedy(
     client(store).restore_experiment(experiment_id)
 
 
+def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+    """With what SQLite says, without its traceback; the lock leaves no file."""
+    (tmp_path / "mlflow.db").write_bytes(b"damaged" * 1000)
+    damaged = mlflow_store.tracking_store(tmp_path / "mlflow.db", tmp_path / "mlartifacts")
+    message = r"mlflow\.db: file is not a database; if it is damaged, move it away and run dvc"
+    with pytest.raises(UserError, match=message), mlflow_store.mlflow_client(damaged) as client:
+        client.search_experiments()
+    assert not (tmp_path / "mlflow.db.lock").exists()
+
+
 class Refusing(BaseHTTPRequestHandler):
     """A tracking server that is alive, and refuses every other request."""
 

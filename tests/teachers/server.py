@@ -46,6 +46,7 @@ USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 USAGES: dict[str, Any] = {
     "no usage": None,
     "infinite usage": {"prompt_tokens": math.inf, "completion_tokens": math.nan},
+    "negative usage": {**USAGE, "completion_tokens": -1},
     "huge usage": {"prompt_tokens": 10**30, "completion_tokens": -1},
     "long": {**USAGE, "completion_tokens": 64},
     "very long": {**USAGE, "completion_tokens": 200},

@@ -319,7 +319,7 @@ def test_what_a_killed_run_had_in_flight_is_counted(
     assert "of it estimated" in printed
 
 
-@pytest.mark.parametrize("fault", ["no usage", "infinite usage"])
+@pytest.mark.parametrize("fault", ["no usage", "infinite usage", "negative usage"])
 def test_a_usage_that_is_missing_or_no_number_is_estimated(
     fault: str, make_stage: MakeStage, server: ServerProcess
 ) -> None:

@@ -2,11 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from boltlm.commands.parser import Commands, add_command, count
 from boltlm.errors import UserError
@@ -47,6 +43,7 @@ def plan_of(path: Path) -> str:
 
 def plan_report(args: argparse.Namespace) -> str:
     """The plan as text. `args`: the arguments of the command."""
+    from boltlm.preflight.disk import done_stages
     from boltlm.reporting.arms import ReportSettings
     from boltlm.reporting.plan import Planner
     from boltlm.reporting.plan_config import ACCELERATORS, PlanSettings
@@ -74,29 +71,6 @@ def plan_report(args: argparse.Namespace) -> str:
         stages,
         device=(device, accelerator, number),
         sizes=(settings.plan.chunk_tokens, settings.plan.latent_tokens),
-        done=_done_stages(params, args.lock),
+        done=done_stages(params, args.lock),
         measured=measured,
     )
-
-
-def _done_stages(params: Mapping[str, Any], lock: Path) -> frozenset[str]:
-    """The stages that a dvc.lock has with these very params, and whose outputs exist."""
-    if not lock.is_file():
-        return frozenset()
-    stages: dict[str, Any] = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages") or {}
-    return frozenset(
-        name
-        for name, stage in stages.items()
-        if all((lock.parent / out["path"]).exists() for out in stage.get("outs", []))
-        if all(
-            _value(params, key) == value
-            for key, value in stage.get("params", {}).get("params.yaml", {}).items()
-        )
-    )
-
-
-def _value(params: Mapping[str, Any], key: str) -> Any:
-    value: Any = params
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

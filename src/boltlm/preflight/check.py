@@ -32,13 +32,16 @@ def check_data(path: Path) -> None:
 
 def check_experiment(path: Path) -> None:
     """As `check_data`; the machine must have what the settings need too: packages, GPUs,
-    servers."""
+    servers, room on the disk of the current folder."""
     from boltlm.preflight.data import data_findings
+    from boltlm.preflight.disk import disk_findings
     from boltlm.preflight.machine import machine_findings
 
     params = load(path)
-    findings = (*params_findings(params), *data_findings(params), *machine_findings(params))
-    _refuse(path, findings)
+    findings = [*params_findings(params)]
+    if not findings:
+        findings += disk_findings(params, Path.cwd())
+    _refuse(path, (*findings, *data_findings(params), *machine_findings(params)))
 
 
 def params_findings(params: Mapping[str, Any]) -> Iterator[Finding]:

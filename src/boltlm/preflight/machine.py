@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,11 +80,18 @@ def _gpus(sampling: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=_SECONDS).close()
-    except OSError:
-        return False
-    return True
+    """Whether a server accepts a connection; the search for its name counts as well."""
+    answered = threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError):
+            socket.create_connection((host, port), timeout=_SECONDS).close()
+            answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    return answered.is_set()
 
 
 def _ray_address(address: str) -> Iterator[Finding]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
 from boltlm.errors import UserError
+from boltlm.shard_store import exclusive_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,11 +32,12 @@ class TrackingServerError(UserError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingStore:
     """An MLflow store: its URI, the folder for artifacts if the store is a database (a server has
-    its own), and the file of the lock that experiments running at the same time share."""
+    its own), and the local database, beside which is the lock that experiments running at the same
+    time share."""
 
     uri: str
     artifacts: Path
-    lock: Path
+    database: Path
 
     @property
     def is_server(self) -> bool:
@@ -55,9 +55,7 @@ class TrackingStore:
 def tracking_store(db: Path, artifacts: Path) -> TrackingStore:
     """The store at MLFLOW_TRACKING_URI if that is set, else the SQLite database `db`."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{db.resolve()}"
-    return TrackingStore(
-        uri=uri, artifacts=artifacts.resolve(), lock=db.with_name(f"{db.name}.lock")
-    )
+    return TrackingStore(uri=uri, artifacts=artifacts.resolve(), database=db)
 
 
 @contextmanager
@@ -77,12 +75,16 @@ def mlflow_client(store: TrackingStore) -> Iterator["MlflowClient"]:
             requests.get(f"{store.uri.rstrip('/')}/health", timeout=PROBE_SECONDS)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import DBAPIError
     except requests.RequestException as error:
         raise kind(store.masked(f"MLflow at {store.uri} does not answer: {error}")) from None
 
-    with FileLock(store.lock):
+    with exclusive_lock(store.database, "MLflow"):
         try:
             yield MlflowClient(tracking_uri=store.uri)
+        except DBAPIError as error:  # MLflow wraps it only after it has opened the database
+            text = f"MLflow's database {store.uri}: {error.orig}; if it is damaged, move it away"
+            raise UserError(store.masked(f"{text} and run dvc repro track")) from error
         except (MlflowException, requests.RequestException) as error:
             raise kind(store.masked(f"MLflow at {store.uri}: {error}")) from None
 

@@ -94,7 +94,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def _size(value: float) -> str:
+def short_size(value: float) -> str:
+    """Bytes with at most three digits: 363 GB, 8.1 kB."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
@@ -112,6 +113,6 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "usd": ("US dollars", lambda value: f"{value:,.2f}"),
     "flops": ("FLOPs", lambda value: f"{value:.1e}".replace("e+", "e")),
     "seconds": ("time", _duration),
-    "disk_bytes": ("disk", _size),
+    "disk_bytes": ("disk", short_size),
 }
 SUMS = ("training_tokens", "steps", "requests", "usd", "flops", "seconds", "disk_bytes")
