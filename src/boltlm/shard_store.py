@@ -63,9 +63,7 @@ def exclusive_lock(
             yield False
             return
         with suppress(OSError):
-            print(
-                f"{what}: waiting for process {_holder(path)}, which does the same work", flush=True
-            )
+            print(f"{what}: waiting for {_holder(path)}, which does the same work", flush=True)
         lock.acquire(blocking=True)
     try:
         path.write_text(str(os.getpid()), encoding="utf-8")

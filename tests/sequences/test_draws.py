@@ -338,6 +338,6 @@ def test_only_weighted_streams_have_weights(tmp_path: Path) -> None:
         assert dataset.loss_weights is None
         assert len(dataset.batch(0, 2)) == 2
         assert not (tmp_path / draws / packing.WEIGHTS_FILE).exists()
-        assert "weights_dtype" not in packing.packing_stats(tmp_path / draws)
+        assert "weights_digest" not in packing.packing_stats(tmp_path / draws)
         assert {row[0] for row in split_at_bos(dataset.tokens)} == {BOS}
         assert (dataset.tokens == EOS).sum() == 9

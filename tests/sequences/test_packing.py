@@ -431,13 +431,18 @@ def test_a_corpus_without_documents_is_an_error(tmp_path: Path) -> None:
         pack(tmp_path, [source], tokens=10)
 
 
-@pytest.mark.parametrize("size", [0, 20])
-def test_a_truncated_stream_is_packed_again(size: int, tmp_path: Path) -> None:
-    """A power failure can leave a file shorter than it was."""
+@pytest.mark.parametrize("damage", ["empty", "short", "flipped", "lost"])
+def test_a_damaged_stream_is_packed_again(damage: str, tmp_path: Path) -> None:
+    """A power failure can leave a file shorter than it was, a disk can flip a bit."""
     source = SequenceSource(make_store(tmp_path, make_documents(5)), make_formatter())
     tokens = pack(tmp_path, [source], epochs=1).tokens.tolist()
     path = tmp_path / packing.STREAM_FILE
-    path.write_bytes(path.read_bytes()[:size])
+    content = path.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    damaged = {"empty": b"", "short": content[:20], "flipped": flipped}
+    path.unlink()
+    if damage in damaged:
+        path.write_bytes(damaged[damage])
     assert pack(tmp_path, [source], epochs=1).tokens.tolist() == tokens
 
 

@@ -145,12 +145,12 @@ def _write_stream(
 ) -> None:
     """Write the segments of the sources as the stream, its weights where a source has any, counts,
     and then its statistics."""
-    digest = hashlib.blake2b(digest_size=16)
     num_tokens, total_weight = 0, 0.0
     has_weights = any(source.formatter.draws == "weighted" for source in sources)
     with ExitStack() as stack:
         names = [STREAM_FILE, WEIGHTS_FILE] if has_weights else [STREAM_FILE]
         files = [stack.enter_context((folder / name).open("wb")) for name in names]
+        digests = [_new_digest() for _ in names]
         for segment, loss_weight, has_text in segments:
             ids = segment if max_tokens is None else segment[: max_tokens - num_tokens]
             if counter is not None:
@@ -158,7 +158,7 @@ def _write_stream(
             arrays = [ids.astype(dtype)]
             if has_weights:
                 arrays.append(np.full(len(ids), loss_weight, WEIGHT_DTYPE))
-            for file, array in zip(files, arrays, strict=True):
+            for file, digest, array in zip(files, digests, arrays, strict=True):
                 data = array.tobytes()
                 file.write(data)
                 digest.update(data)
@@ -172,10 +172,13 @@ def _write_stream(
     stats: dict[str, int | float | str] = {
         "tokens": num_tokens,
         "dtype": dtype.str,
-        "digest": digest.hexdigest(),
+        "digest": digests[0].hexdigest(),
     }
     if has_weights:
-        stats |= {"weights_dtype": WEIGHT_DTYPE.str, "mean_weight": total_weight / num_tokens}
+        stats |= {
+            "weights_digest": digests[1].hexdigest(),
+            "mean_weight": total_weight / num_tokens,
+        }
     stats |= sources[0].store.counts()
     if counter is not None:
         counter.write(folder)
@@ -183,21 +186,31 @@ def _write_stream(
         temporary.write_text(json.dumps(stats), encoding="utf-8")
 
 
+def _new_digest() -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=16)
+
+
 def _is_packed(folder: Path) -> bool:
-    """Whether a folder has its statistics, and files of the sizes that they state."""
+    """Whether a folder has its statistics, and files with the digests that they state."""
     if not (folder / STATS_FILE).is_file():
         return False
     stats = packing_stats(folder)
-    dtypes = {STREAM_FILE: stats["dtype"], WEIGHTS_FILE: stats.get("weights_dtype")}
+    digests = {STREAM_FILE: stats["digest"], WEIGHTS_FILE: stats.get("weights_digest")}
     return all(
-        (folder / name).stat().st_size == int(stats["tokens"]) * np.dtype(str(dtype)).itemsize
-        for name, dtype in dtypes.items()
-        if dtype is not None
+        digest is None or _has_digest(folder / name, str(digest))
+        for name, digest in digests.items()
     )
 
 
+def _has_digest(path: Path, digest: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _new_digest).hexdigest() == digest
+
+
 def packing_stats(folder: Path) -> dict[str, int | float | str]:
-    """Tokens, dtype and digest of a packed stream, dtype and mean of its weights where it has any,
+    """Tokens, dtype and digest of a packed stream, digest and mean of its weights where it has any,
     and the counts of its first source's store."""
     return json.loads((folder / STATS_FILE).read_text(encoding="utf-8"))
 
@@ -214,10 +227,11 @@ def open_packed(folder: Path, sequence_length: int, seed: int) -> PackedDataset:
             " models.<name>.budget in params.yaml"
         )
     stream = open_array(folder / STREAM_FILE, np.dtype(str(stats["dtype"])))
-    has_weights = "weights_dtype" in stats
+    has_weights = "weights_digest" in stats
     weights = open_array(folder / WEIGHTS_FILE, WEIGHT_DTYPE) if has_weights else None
     num_sequences = -(-(len(stream) - 1) // sequence_length)
     order = permutation(num_sequences, generator(seed, "rows"), folder)
     mean_weight = float(stats.get("mean_weight", 1))
-    digest, counts = str(stats["digest"]), read_raw_counts(folder)
+    digest = f"{stats['digest']}{stats.get('weights_digest', '')}"
+    counts = read_raw_counts(folder)
     return PackedDataset(stream, sequence_length, order, digest, weights, mean_weight, counts)
