@@ -15,7 +15,7 @@ from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 from boltlm import cli
 from boltlm.corpus.split import SplitSettings, stream_corpora
 from boltlm.params import build_settings, load
-from tests import tiny
+from tests import test_pipeline, tiny
 
 SENTENCE = "A set of numbers is called an interval. Its length is b - a, and it is never negative. "
 Init = Callable[..., dict[str, Any]]
@@ -93,6 +93,22 @@ def test_markdown_is_cut_at_headings_and_long_texts_at_blank_lines(
     assert params["corpus"]["unit"] == "heading"
     params = init("--text", "book.md", "--max-characters", "100", "--force")
     assert params["corpus"]["max_characters"] == 100
+
+
+@pytest.mark.timeout(1800)
+def test_from_a_folder_of_notes_to_a_model_that_drew_its_thoughts(tmp_path: Path) -> None:
+    """The commands of docs/own-text.md, up to the first iteration."""
+    folder = test_pipeline.clone(tmp_path / "one")
+    shutil.copytree(tiny.ROOT / "presets", folder / "presets")
+    write_notes(folder / "notes")
+    test_pipeline.run(folder, "boltlm", "init", "--text", "notes")
+    test_pipeline.run(folder, "dvc", "repro", "train@warmstart")
+    shown = test_pipeline.run(folder, "boltlm", "try", "--go-on")
+    assert "Terms: " in shown
+    assert "→" in shown
+    test_pipeline.run(folder, "dvc", "repro", "evaluate@em1")
+    measured = json.loads((folder / "metrics" / "eval" / "em1.json").read_text())
+    assert measured["elbo_per_token"] < 0
 
 
 @pytest.mark.parametrize("teacher", ["openai", "server", "local"])
