@@ -357,7 +357,8 @@ def test_a_wrong_parameter_gives_one_line(finished: Path, tmp_path: Path, case: 
     for key, value in change.items():
         if key == "corpus":
             value = {"columns": columns, "shuffle_buffer": 0, **value}
-            params["corpora"] = {"heldout": {"documents": 5, "source": {}}}
+            for corpus in params["corpora"].values():
+                corpus["source"] = {}
             params["questions"] = {"count": 0, "source": {}}
         params[key] = {**params[key], **value} if key == "chunks" else value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
