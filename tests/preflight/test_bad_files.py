@@ -244,7 +244,9 @@ def free_port() -> int:
 def test_what_the_machine_lacks_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, value: Any, message: str
 ) -> None:
-    """No library is loaded and no server is asked twice."""
+    """No library is loaded and no server is asked twice. The folder has no base model: with one,
+    its source is not needed any more."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
