@@ -70,6 +70,7 @@ def measure_size(args: argparse.Namespace) -> dict[str, Any]:
             model=args.model,
             chunks=folder / "chunks" / "em",
             folder=folder / "first",
+            variant="first",
             num_samples=settings.k_samples,
         )
         ShardWorker(task)(shard_paths(task.chunks)[0].name)
@@ -79,6 +80,8 @@ def measure_size(args: argparse.Namespace) -> dict[str, Any]:
             model=args.model,
             split=folder / "split" / "em",
             chunks=task.chunks,
+            previous=task.chunks,
+            previous_model=args.model,
             work=folder / "work",
             out=folder / "out",
             histogram_path=folder / "histogram.csv",
